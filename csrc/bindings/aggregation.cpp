@@ -1,0 +1,75 @@
+// Aggregation ops of flcore._core.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "api.h"
+#include "bindings/bindings.h"
+#include "check.h"
+
+namespace py = pybind11;
+
+namespace flcore {
+
+using Addresses = std::vector<uintptr_t>;
+
+static void check_table(const Addresses& rows, int64_t n, const std::vector<int64_t>& numel,
+                        const std::vector<int>& dtype) {
+  FLCORE_CHECK(dtype.size() == numel.size(), "dtype: expected ", numel.size(), " codes, got ",
+               dtype.size());
+  FLCORE_CHECK(int64_t(rows.size()) == n * int64_t(numel.size()), "rows: expected ", n, " x ",
+               numel.size(), " addresses, got ", rows.size());
+  for (int d : dtype) FLCORE_CHECK(d >= 0 && d < DTYPE_COUNT, "dtype: unknown code ", d);
+}
+
+static int combine(const Addresses& rows, const std::vector<double>& weights,
+                   const std::vector<int64_t>& numel, const std::vector<int>& dtype,
+                   const Addresses& state, const Addresses& out, int accumulate, double divisor,
+                   int threads) {
+  const int64_t n = int64_t(weights.size());
+  check_table(rows, n, numel, dtype);
+  FLCORE_CHECK(state.empty() || state.size() == numel.size(), "state: one address a layer");
+  FLCORE_CHECK(out.empty() || out.size() == numel.size(), "out: one address a layer");
+  FLCORE_CHECK(numel.empty() || !state.empty() || !out.empty(), "state or out is needed");
+  FLCORE_CHECK(accumulate >= 0 && accumulate < ACCUMULATE_COUNT, "accumulate: unknown code");
+  const auto x = pointers<const void>(rows);
+  const auto s = pointers<>(state), o = pointers<>(out);
+  const CombineArgs args{n,
+                         int64_t(numel.size()),
+                         numel.data(),
+                         dtype.data(),
+                         x.data(),
+                         weights.data(),
+                         s.empty() ? nullptr : s.data(),
+                         o.empty() ? nullptr : o.data(),
+                         accumulate,
+                         divisor,
+                         threads};
+  py::gil_scoped_release nogil;
+  return cpu().combine->combine(args);
+}
+
+static std::vector<int32_t> nonfinite(const Addresses& rows, int64_t n,
+                                      const std::vector<int64_t>& numel,
+                                      const std::vector<int>& dtype, int threads) {
+  check_table(rows, n, numel, dtype);
+  const auto x = pointers<const void>(rows);
+  std::vector<int32_t> flags(size_t(n), 0);
+  const FiniteArgs args{n,        int64_t(numel.size()), numel.data(), dtype.data(),
+                        x.data(), flags.data(),          threads};
+  py::gil_scoped_release nogil;
+  cpu().combine->nonfinite(args);
+  return flags;
+}
+
+void bind_aggregation(py::module_& m) {
+  m.attr("COMBINE_NONFINITE") = int(COMBINE_NONFINITE);
+  m.attr("COMBINE_OUT_OF_RANGE") = int(COMBINE_OUT_OF_RANGE);
+  m.def("combine", &combine, py::arg("rows"), py::arg("weights"), py::arg("numel"),
+        py::arg("dtype"), py::arg("state"), py::arg("out"), py::arg("accumulate"),
+        py::arg("divisor"), py::arg("threads"),
+        "Weighted sum of client rows (csrc/cpu/combine.isa.cpp); returns CombineFlags.");
+  m.def("nonfinite", &nonfinite, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
+        py::arg("threads"), "1 for each row that holds a NaN or an infinity, else 0.");
+}
+
+}  // namespace flcore

@@ -1,0 +1,308 @@
+// Weighted sum of n client rows, each a list of layers:
+//   acc[j] = start[j] + w_0 x_0[j] + w_1 x_1[j] + ...      in client order, multiply then add
+// Reads every value once and writes one row: n*s + s bytes a coordinate (s = bytes of the dtype);
+// streaming into a state: s*n + 8 (float32 state). A tile of accumulators stays in L1 while the
+// rows pass by eight at a time, so the sums never travel to memory in between.
+//
+// Exactness: no fused multiply-add, fixed order, element by element: the same bits at every level,
+// tile size and thread count. float32 products of float16/bfloat16 inputs are formed in float32.
+// Reproducible sums: float64 products are cut on an absolute grid of three bins (BIN_UNIT); sums
+// of multiples of one unit are exact, so that neither order nor grouping changes a bit
+// (pre-rounding as in Demmel & Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013).
+//
+// Non-finite values stick under addition, hence the finished sums tell, for 1/n of the work,
+// whether any input was non-finite (or the sum overflowed); the caller then looks for the row.
+#include "api.h"
+#include "cpu/chunks.h"
+#include "cpu/isa.h"
+#include "cpu/vec.h"
+
+namespace flcore {
+namespace FLCORE_ISA {
+
+constexpr int64_t TILE = 4096;      // float32 accumulators of one tile: 16 KiB of L1
+constexpr int64_t TILE_F64 = 2048;  // float64: the same bytes
+constexpr int64_t TILE_BINS = 1024;
+
+static int64_t tile_of(int dtype, int accumulate) {
+  if (accumulate == ACC_REPRODUCIBLE) return TILE_BINS;
+  return accumulate == ACC_F64 || dtype == F64 ? TILE_F64 : TILE;
+}
+
+// ---- float32 accumulators ----------------------------------------------------------------------
+
+// R rows at once; `fresh` starts from the first product (so that 1 * x is x, the sign of 0 included)
+template <int D, int R>
+static void add_rows_f32(const void* const* x, const double* w, int64_t stride, int64_t offset,
+                         float* acc, int64_t m, bool fresh) {
+  const void* p[R];
+  float wr[R];
+  for (int r = 0; r < R; ++r) {
+    p[r] = x[r * stride];
+    wr[r] = float(w[r]);
+  }
+  int64_t i = 0;
+  for (; i + LANES <= m; i += LANES) {
+    const vf32 first = wr[0] * load_f32<D>(p[0], offset + i);
+    vf32 a = fresh ? first : load<vf32>(acc + i) + first;
+#pragma GCC unroll 8
+    for (int r = 1; r < R; ++r) a = a + wr[r] * load_f32<D>(p[r], offset + i);
+    store(acc + i, a);
+  }
+  for (; i < m; ++i) {
+    const float first = wr[0] * load1<D>(p[0], offset + i);
+    float a = fresh ? first : acc[i] + first;
+    for (int r = 1; r < R; ++r) a = a + wr[r] * load1<D>(p[r], offset + i);
+    acc[i] = a;
+  }
+}
+
+// ---- float64 accumulators ----------------------------------------------------------------------
+
+template <int D, int R>
+static void add_rows_f64(const void* const* x, const double* w, int64_t stride, int64_t offset,
+                         double* acc, int64_t m, bool fresh) {
+  const void* p[R];
+  for (int r = 0; r < R; ++r) p[r] = x[r * stride];
+  int64_t i = 0;
+  for (; i + LANES64 <= m; i += LANES64) {
+    const vf64 first = w[0] * load_f64<D>(p[0], offset + i);
+    vf64 a = fresh ? first : load<vf64>(acc + i) + first;
+#pragma GCC unroll 8
+    for (int r = 1; r < R; ++r) a = a + w[r] * load_f64<D>(p[r], offset + i);
+    store(acc + i, a);
+  }
+  for (; i < m; ++i) {
+    const double first = w[0] * load1_f64<D>(p[0], offset + i);
+    double a = fresh ? first : acc[i] + first;
+    for (int r = 1; r < R; ++r) a = a + w[r] * load1_f64<D>(p[r], offset + i);
+    acc[i] = a;
+  }
+}
+
+// All rows of one tile, eight at a time and the rest one, two or four at a time.
+template <int D, class Acc>
+static void add_rows(const CombineArgs& a, int64_t layer, int64_t offset, Acc* acc, int64_t m,
+                     bool fresh) {
+  const void* const* x = a.rows + layer;
+  const double* w = a.weights;
+#define FLCORE_ROWS(R)                                                                       \
+  for (; a.n - i >= R; i += R, fresh = false) {                                              \
+    if constexpr (sizeof(Acc) == 4)                                                          \
+      add_rows_f32<D, R>(x + i * a.layers, w + i, a.layers, offset, acc, m, fresh);          \
+    else                                                                                     \
+      add_rows_f64<D, R>(x + i * a.layers, w + i, a.layers, offset, acc, m, fresh);          \
+  }
+  int64_t i = 0;
+  FLCORE_ROWS(8)
+  FLCORE_ROWS(4)
+  FLCORE_ROWS(2)
+  FLCORE_ROWS(1)
+#undef FLCORE_ROWS
+}
+
+// ---- reproducible: three float64 bins ----------------------------------------------------------
+
+// p = q0 + q1 + q2 + rest: multiples of the three units, |rest| <= unit 2 / 2 is dropped
+template <int D>
+static bool add_row_bins(const void* x, double w, int64_t offset, double* acc, int64_t m) {
+  const double cut0 = 1.5 * 0x1p52 * BIN_UNIT[0], cut1 = 1.5 * 0x1p52 * BIN_UNIT[1],
+               cut2 = 1.5 * 0x1p52 * BIN_UNIT[2];
+  double *b0 = acc, *b1 = acc + TILE_BINS, *b2 = acc + 2 * TILE_BINS;
+  vi64 bad = {};
+  int64_t i = 0;
+#define FLCORE_DEPOSIT(V, P, LOAD, STORE)          \
+  const V q0 = (P + cut0) - cut0, r0 = P - q0;     \
+  const V q1 = (r0 + cut1) - cut1, r1 = r0 - q1;   \
+  const V q2 = (r1 + cut2) - cut2;                 \
+  STORE(b0, LOAD(b0) + q0);                        \
+  STORE(b1, LOAD(b1) + q1);                        \
+  STORE(b2, LOAD(b2) + q2)
+#define FLCORE_VLOAD(b) load<vf64>(b + i)
+#define FLCORE_VSTORE(b, v) store(b + i, v)
+  for (; i + LANES64 <= m; i += LANES64) {
+    const vf64 p = w * load_f64<D>(x, offset + i);
+    bad |= ~((p < BIN_LIMIT) & (p > -BIN_LIMIT));  // true for NaN too
+    FLCORE_DEPOSIT(vf64, p, FLCORE_VLOAD, FLCORE_VSTORE);
+  }
+#define FLCORE_SLOAD(b) b[i]
+#define FLCORE_SSTORE(b, v) b[i] = v
+  bool any = false;
+  for (; i < m; ++i) {
+    const double p = w * load1_f64<D>(x, offset + i);
+    any |= !(p < BIN_LIMIT && p > -BIN_LIMIT);
+    FLCORE_DEPOSIT(double, p, FLCORE_SLOAD, FLCORE_SSTORE);
+  }
+#undef FLCORE_DEPOSIT
+#undef FLCORE_VLOAD
+#undef FLCORE_VSTORE
+#undef FLCORE_SLOAD
+#undef FLCORE_SSTORE
+  for (int k = 0; k < LANES64; ++k) any |= bad[k] != 0;
+  return any;
+}
+
+// ---- from accumulators to the layer's dtype ----------------------------------------------------
+
+template <class Acc>
+static int finite_flag(const Acc* acc, int64_t m) {
+  Acc sum[8] = {};  // x * 0 is 0 for finite x, NaN otherwise
+  int64_t i = 0;
+  for (; i + 8 <= m; i += 8)
+    for (int k = 0; k < 8; ++k) sum[k] += acc[i + k] * Acc(0);
+  for (; i < m; ++i) sum[0] += acc[i] * Acc(0);
+  for (int k = 0; k < 8; ++k)
+    if (sum[k] != Acc(0)) return COMBINE_NONFINITE;
+  return 0;
+}
+
+template <int D, class Acc>
+static void write_out(const Acc* acc, int64_t m, double divisor, void* out, int64_t offset) {
+  if (divisor == 1.0)
+    for (int64_t i = 0; i < m; ++i) store1<D>(out, offset + i, acc[i]);
+  else if (sizeof(Acc) == 4)  // one rounding to float32, so that casting twice changes nothing
+    for (int64_t i = 0; i < m; ++i)
+      store1<D>(out, offset + i, float(double(acc[i]) / divisor));
+  else
+    for (int64_t i = 0; i < m; ++i) store1<D>(out, offset + i, double(acc[i]) / divisor);
+}
+
+// ---- one tile ----------------------------------------------------------------------------------
+
+template <int D, class Acc>
+static int tile_plain(const CombineArgs& a, int64_t layer, int64_t offset, int64_t m) {
+  alignas(64) Acc local[TILE * 4 / sizeof(Acc)];
+  Acc* state = a.state ? static_cast<Acc*>(a.state[layer]) + offset : nullptr;
+  Acc* acc = local;
+  if (!a.out)
+    acc = state;  // streaming: in place
+  else if (state)
+    __builtin_memcpy(local, state, size_t(m) * sizeof(Acc));
+  else if (a.n == 0)
+    __builtin_memset(local, 0, size_t(m) * sizeof(Acc));
+  add_rows<D>(a, layer, offset, acc, m, state == nullptr);
+  const int flags = finite_flag(acc, m);
+  if (a.out) write_out<D>(acc, m, a.divisor, a.out[layer], offset);
+  return flags;
+}
+
+template <int D>
+static int tile_bins(const CombineArgs& a, int64_t layer, int64_t offset, int64_t m) {
+  alignas(64) double acc[3 * TILE_BINS];
+  const int64_t numel = a.numel[layer];
+  double* state = a.state ? static_cast<double*>(a.state[layer]) + offset : nullptr;
+  for (int b = 0; b < 3; ++b)
+    if (state)
+      __builtin_memcpy(acc + b * TILE_BINS, state + b * numel, size_t(m) * 8);
+    else
+      __builtin_memset(acc + b * TILE_BINS, 0, size_t(m) * 8);
+  bool range = false;
+  for (int64_t i = 0; i < a.n; ++i)
+    range |= add_row_bins<D>(a.rows[i * a.layers + layer], a.weights[i], offset, acc, m);
+  if (!a.out) {
+    for (int b = 0; b < 3; ++b)
+      __builtin_memcpy(state + b * numel, acc + b * TILE_BINS, size_t(m) * 8);
+    return range ? COMBINE_OUT_OF_RANGE | finite_flag(acc, m) : 0;
+  }
+  for (int64_t i = 0; i < m; ++i)
+    acc[i] = (acc[i] + acc[TILE_BINS + i]) + acc[2 * TILE_BINS + i];
+  write_out<D>(acc, m, a.divisor, a.out[layer], offset);
+  return finite_flag(acc, m) | (range ? COMBINE_OUT_OF_RANGE : 0);
+}
+
+template <int D>
+static int tile(const CombineArgs& a, int64_t layer, int64_t offset, int64_t m) {
+  if (a.accumulate == ACC_REPRODUCIBLE) return tile_bins<D>(a, layer, offset, m);
+  if (D == F64 || a.accumulate == ACC_F64) return tile_plain<D, double>(a, layer, offset, m);
+  return tile_plain<D, float>(a, layer, offset, m);
+}
+
+// Calls body(layer, offset, length) for tile `index` counted over all layers.
+template <class TileOf, class Body>
+static void locate(int64_t layers, const int64_t* numel, int64_t index, const TileOf& tile_size,
+                   const Body& body) {
+  for (int64_t l = 0; l < layers; ++l) {
+    const int64_t size = tile_size(l), tiles = (numel[l] + size - 1) / size;
+    if (index < tiles) {
+      const int64_t offset = index * size, rest = numel[l] - offset;
+      body(l, offset, rest < size ? rest : size);
+      return;
+    }
+    index -= tiles;
+  }
+}
+
+static int combine(const CombineArgs& a) {
+  const auto size = [&](int64_t l) { return tile_of(a.dtype[l], a.accumulate); };
+  int64_t tiles = 0;
+  for (int64_t l = 0; l < a.layers; ++l) tiles += (a.numel[l] + size(l) - 1) / size(l);
+  int flags = 0;
+  for_chunks(tiles, a.threads, [&](int64_t index) {
+    locate(a.layers, a.numel, index, size, [&](int64_t l, int64_t offset, int64_t m) {
+      int found = 0;
+      switch (a.dtype[l]) {
+        case F64: found = tile<F64>(a, l, offset, m); break;
+        case F32: found = tile<F32>(a, l, offset, m); break;
+        case F16: found = tile<F16>(a, l, offset, m); break;
+        default: found = tile<BF16>(a, l, offset, m); break;
+      }
+      if (found) __atomic_fetch_or(&flags, found, __ATOMIC_RELAXED);
+    });
+  });
+  return flags;
+}
+
+// ---- which rows hold NaN or infinity -----------------------------------------------------------
+
+template <int D>
+static bool row_nonfinite(const void* x, int64_t offset, int64_t m) {
+  // all exponent bits set, tested on the stored bits so that nothing is rounded on the way
+  bool bad = false;
+  if constexpr (D == F64) {
+    for (int64_t i = 0; i < m; ++i) {
+      uint64_t u;
+      __builtin_memcpy(&u, static_cast<const char*>(x) + 8 * (offset + i), 8);
+      bad |= (u & 0x7ff0000000000000u) == 0x7ff0000000000000u;
+    }
+  } else if constexpr (D == F32) {
+    for (int64_t i = 0; i < m; ++i) {
+      uint32_t u;
+      __builtin_memcpy(&u, static_cast<const char*>(x) + 4 * (offset + i), 4);
+      bad |= (u & 0x7f800000u) == 0x7f800000u;
+    }
+  } else {
+    constexpr uint16_t mask = D == F16 ? 0x7c00u : 0x7f80u;
+    for (int64_t i = 0; i < m; ++i) {
+      uint16_t u;
+      __builtin_memcpy(&u, static_cast<const char*>(x) + 2 * (offset + i), 2);
+      bad |= (u & mask) == mask;
+    }
+  }
+  return bad;
+}
+
+static void nonfinite(const FiniteArgs& a) {
+  for (int64_t i = 0; i < a.n; ++i) a.flags[i] = 0;
+  const auto size = [](int64_t) { return TILE; };
+  int64_t tiles = 0;
+  for (int64_t l = 0; l < a.layers; ++l) tiles += (a.numel[l] + TILE - 1) / TILE;
+  for_chunks(tiles, a.threads, [&](int64_t index) {
+    locate(a.layers, a.numel, index, size, [&](int64_t l, int64_t offset, int64_t m) {
+      for (int64_t i = 0; i < a.n; ++i) {
+        const void* x = a.rows[i * a.layers + l];
+        const bool bad = a.dtype[l] == F64   ? row_nonfinite<F64>(x, offset, m)
+                         : a.dtype[l] == F32 ? row_nonfinite<F32>(x, offset, m)
+                         : a.dtype[l] == F16 ? row_nonfinite<F16>(x, offset, m)
+                                             : row_nonfinite<BF16>(x, offset, m);
+        if (bad) __atomic_store_n(&a.flags[i], 1, __ATOMIC_RELAXED);
+      }
+    });
+  });
+}
+
+}  // namespace FLCORE_ISA
+
+extern const CombineFns FLCORE_TABLE(combine);
+const CombineFns FLCORE_TABLE(combine) = {&FLCORE_ISA::combine, &FLCORE_ISA::nonfinite};
+
+}  // namespace flcore

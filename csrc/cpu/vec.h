@@ -1,0 +1,206 @@
+// Vectors at the native width of the level being compiled, and loads and stores of the four
+// storage types. Every conversion gives the same bits at every level, so element-wise kernels may
+// use any width; reductions must fix their own number of lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace flcore {
+namespace FLCORE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VEC_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VEC_BYTES = 32;
+#else
+constexpr int VEC_BYTES = 16;
+#endif
+constexpr int LANES = VEC_BYTES / 4;  // float32 lanes
+constexpr int LANES64 = VEC_BYTES / 8;
+
+typedef float vf32 __attribute__((vector_size(VEC_BYTES)));
+typedef double vf64 __attribute__((vector_size(VEC_BYTES)));
+typedef int32_t vi32 __attribute__((vector_size(VEC_BYTES)));
+typedef uint32_t vu32 __attribute__((vector_size(VEC_BYTES)));
+typedef int64_t vi64 __attribute__((vector_size(VEC_BYTES)));
+typedef uint16_t vu16h __attribute__((vector_size(VEC_BYTES / 2)));  // LANES values of 16 bits
+typedef float vf32h __attribute__((vector_size(VEC_BYTES / 2)));     // LANES64 float32 values
+
+// Unaligned, alias-safe access.
+template <class V>
+FLCORE_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+FLCORE_INLINE void store(void* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+FLCORE_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+FLCORE_INLINE float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+// ---- 16-bit types, one value ------------------------------------------------------------------
+
+FLCORE_INLINE float f16_to_f32(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, body = uint32_t(h & 0x7fffu) << 13;
+  if (body >= 0x7c00u << 13)  // infinity, NaN (quiet)
+    return float_of(sign | 0x7f800000u | (body & 0x7fffffu) | ((body & 0x7fffffu) ? 0x400000u : 0u));
+  // 2^112 moves the exponent bias from 15 to 127 and is exact for subnormals too
+  return float_of(sign | bits_of(float_of(body) * 0x1p112f));
+#endif
+}
+
+FLCORE_INLINE uint16_t f32_to_f16(float x) {  // round to nearest even
+#if defined(__F16C__)
+  return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, body = u & 0x7fffffffu;
+  if (body > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((body >> 13) & 0x1ffu));
+  if (body >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more
+  if (body < 0x38800000u) {  // subnormal: the float adder rounds at 2^-24
+    const float magic = 0.5f;  // ulp of 0.5 is 2^-24
+    return uint16_t(sign | (bits_of(float_of(body) + magic) - bits_of(magic)));
+  }
+  return uint16_t(sign | ((body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13));
+#endif
+}
+
+FLCORE_INLINE float bf16_to_f32(uint16_t h) { return float_of(uint32_t(h) << 16); }
+
+FLCORE_INLINE uint16_t f32_to_bf16(float x) {  // round to nearest even
+  const uint32_t u = bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40u);
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// float64 -> float32 rounded to odd: a second rounding to 16 bits is then as good as one rounding
+FLCORE_INLINE float f64_to_f32_odd(double d) {
+  const float f = float(d);
+  const double back = double(f);
+  if (back == d || back != back) return f;
+  const uint32_t u = bits_of(f);
+  if (u & 1u) return f;
+  const bool away = (d < 0 ? -back : back) > (d < 0 ? -d : d);
+  return float_of(away ? u - 1u : u + 1u);
+}
+
+// ---- one value and LANES values of a storage type, as float32 ---------------------------------
+
+template <int D>
+FLCORE_INLINE float load1(const void* p, int64_t i) {
+  if (D == F64) {
+    double d;
+    __builtin_memcpy(&d, static_cast<const char*>(p) + 8 * i, 8);
+    return float(d);
+  } else if (D == F32) {
+    float f;
+    __builtin_memcpy(&f, static_cast<const char*>(p) + 4 * i, 4);
+    return f;
+  } else {
+    uint16_t h;
+    __builtin_memcpy(&h, static_cast<const char*>(p) + 2 * i, 2);
+    return D == F16 ? f16_to_f32(h) : bf16_to_f32(h);
+  }
+}
+
+template <int D>
+FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
+  const char* at = static_cast<const char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F32) {
+    return load<vf32>(at);
+  } else if constexpr (D == F64) {
+    const vf32h lo = __builtin_convertvector(load<vf64>(at), vf32h);
+    const vf32h hi = __builtin_convertvector(load<vf64>(at + VEC_BYTES), vf32h);
+    vf32 v;
+    __builtin_memcpy(&v, &lo, VEC_BYTES / 2);
+    __builtin_memcpy(reinterpret_cast<char*>(&v) + VEC_BYTES / 2, &hi, VEC_BYTES / 2);
+    return v;
+  } else if constexpr (D == BF16) {
+    const vu32 u = __builtin_convertvector(load<vu16h>(at), vu32) << 16;
+    return (vf32)u;
+  } else {
+#if defined(__AVX512F__)
+    return (vf32)_mm512_maskz_cvtph_ps(__mmask16(0xffff), load<__m256i>(at));
+#elif defined(__F16C__)
+    return (vf32)_mm256_cvtph_ps(load<__m128i>(at));
+#else
+    vf32 v;
+    for (int k = 0; k < LANES; ++k) v[k] = load1<F16>(at, k);
+    return v;
+#endif
+  }
+}
+
+// ---- one value and LANES64 values of a storage type, as float64 -------------------------------
+
+template <int D>
+FLCORE_INLINE double load1_f64(const void* p, int64_t i) {
+  if (D == F64) {
+    double d;
+    __builtin_memcpy(&d, static_cast<const char*>(p) + 8 * i, 8);
+    return d;
+  }
+  return double(load1<D>(p, i));
+}
+
+template <int D>
+FLCORE_INLINE vf64 load_f64(const void* p, int64_t i) {
+  const char* at = static_cast<const char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F64) {
+    return load<vf64>(at);
+  } else if constexpr (D == F32) {
+    return __builtin_convertvector(load<vf32h>(at), vf64);
+  } else {
+    vf32h f;
+    for (int k = 0; k < LANES64; ++k) f[k] = load1<D>(at, k);
+    return __builtin_convertvector(f, vf64);
+  }
+}
+
+// ---- one value of a storage type out of an accumulator -----------------------------------------
+
+template <int D>
+FLCORE_INLINE void store1(void* p, int64_t i, float x) {
+  char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F64) {
+    const double d = double(x);
+    __builtin_memcpy(at, &d, 8);
+  } else if constexpr (D == F32) {
+    __builtin_memcpy(at, &x, 4);
+  } else {
+    const uint16_t h = D == F16 ? f32_to_f16(x) : f32_to_bf16(x);
+    __builtin_memcpy(at, &h, 2);
+  }
+}
+
+template <int D>
+FLCORE_INLINE void store1(void* p, int64_t i, double x) {
+  char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F64)
+    __builtin_memcpy(at, &x, 8);
+  else
+    store1<D>(p, i, D == F32 ? float(x) : f64_to_f32_odd(x));
+}
+
+}  // namespace FLCORE_ISA
+}  // namespace flcore

@@ -1,0 +1,78 @@
+"""What was built, what this machine can run and what was chosen: the report for issues."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flcore import _native
+from flcore._version import __version__
+
+__all__ = ["build_info"]
+
+
+def build_info() -> dict[str, Any]:
+    """Return the facts people paste into issues; nothing optional is imported.
+
+    Returns
+    -------
+    dict
+        ``version``, ``python``, ``numpy``, ``platform``, ``processor``; ``isa`` (the instruction-set
+        level in use), ``isa_built``, ``isa_usable``; ``threads``, ``openmp`` (version date),
+        ``openmp_libraries`` (loaded files); ``compiler``, ``debug``, ``sanitize``; ``cuda``
+        (devices and, when there is none, the reason); ``packages`` (versions, None when absent).
+    """
+    build = _native.core.build()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "isa": _native.core.isa(),
+        "isa_built": build["isa_built"],
+        "isa_usable": build["isa_usable"],
+        "threads": _native.get_num_threads(),
+        "openmp": build["openmp"],
+        "openmp_libraries": _openmp_libraries(),
+        "compiler": build["compiler"],
+        "debug": build["debug"],
+        "sanitize": build["sanitize"],
+        "cuda": {
+            "built": _native.cuda is not None,
+            "devices": _native.cuda_devices,
+            "reason": _native.cuda_reason,
+        },
+        "packages": {name: _version(name) for name in ("torch", "triton", "scikit-learn")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _openmp_libraries() -> list[str]:
+    """Files of OpenMP runtimes in this process; more than one is a performance bug."""
+    if sys.platform != "linux":
+        return []
+    maps = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
+    files = {line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6}
+    return sorted(f for f in files if re.search(r"lib(g|i|)omp[0-9]*[.-]", f))

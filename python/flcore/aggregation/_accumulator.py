@@ -1,0 +1,335 @@
+"""Streaming weighted mean: clients arrive, are folded in and freed."""
+
+from __future__ import annotations
+
+import sys
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from flcore import _arrays, _native, _variants
+from flcore.aggregation._integers import IntegerLayer, split_layers
+from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
+from flcore.ops.combine import ACCUMULATE, NONFINITE, explain, one_device
+
+__all__ = ["Accumulator"]
+
+
+class Accumulator:
+    r"""Weighted mean of updates that arrive one at a time, ``sum_i q_i D_i / sum_i q_i``.
+
+    Memory is one accumulator, however many clients come. Partial accumulators of threads,
+    processes or machines are joined by `merge`. Packets of `flcore.compression` are added without
+    a dense copy.
+
+    Parameters
+    ----------
+    like : update
+        Gives structure, shapes, dtypes and device; its values are not used.
+    dtype : {"float32", "float64", "reproducible"}
+        Type of the sums: 4, 8 or 24 bytes a value. "reproducible": the result has the same bits
+        for any order of `add` and any tree of `merge` (``|q D| < 2^46``, 16,384 clients at most).
+        float64 layers always use float64 at least.
+    nonfinite : {"raise", "exclude", "propagate"}
+        What an update with a NaN or an infinity does: raise `NonFiniteError`, the accumulator
+        unchanged; be counted in `excluded` and not added; or pass into the sum.
+    integers : {"mean", "max", "sum", "first"}
+        Policy for integer layers, as in `Mean`.
+    variant : str, optional
+        Which implementation of the sum runs, see `flcore.ops.combine`.
+
+    Attributes
+    ----------
+    count : int
+        Updates that were added.
+    excluded : int
+        Updates that were left out as non-finite.
+    total_weight : float
+        Sum of the weights of what was added.
+    nbytes : int
+        Bytes held by the accumulator.
+
+    Notes
+    -----
+    The weight of the first update is the unit of the sums (weights are divided by it), so that
+    example counts of 10^6 do not shorten the range and a single update comes out exactly. The
+    check for non-finite values reads an update once before it is added: 16 bytes a coordinate for
+    float32 instead of 12, less when the update is still in cache; "propagate" skips it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flcore.aggregation import Accumulator
+    >>> total = Accumulator(like=np.zeros(2, np.float32))
+    >>> for update, examples in [([1, -2], 1), ([3, 0], 3), ([-1, 4], 4)]:
+    ...     _ = total.add(np.float32(update), weight=examples)
+    >>> total.result()
+    array([0.75, 1.75], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        like: Any,
+        dtype: str = "float32",
+        *,
+        nonfinite: str = "raise",
+        integers: str = "mean",
+        variant: str | None = None,
+    ) -> None:
+        if dtype not in ACCUMULATE:
+            raise InvalidInputError(f"dtype: expected one of {ACCUMULATE}, got {dtype!r}")
+        if nonfinite not in NONFINITE:
+            raise InvalidInputError(f"nonfinite: expected one of {NONFINITE}, got {nonfinite!r}")
+        self.dtype, self.nonfinite, self.variant = dtype, nonfinite, variant
+        self._layout, layers = _arrays.flatten(like, "like")
+        self._floats, integer_layers = split_layers(self._layout)
+        self._like = [_arrays.view(_arrays.empty_like(layers[l])) for l in self._floats]
+        self._device = one_device(self._like)
+        self._state = [_zeros(v, dtype) for v in self._like]
+        self._integers = {
+            l: IntegerLayer(_arrays.empty_like(layers[l]), integers) for l in integer_layers
+        }
+        self._total = Fraction(0)
+        self._unit: float | None = 1.0 if dtype == "reproducible" else None
+        self.count = self.excluded = 0
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the weights of what was added, rounded once."""
+        return float(self._total)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the accumulators of the floating layers."""
+        return sum(s.nbytes for s in self._state)
+
+    def add(self, update: Any, weight: float = 1.0) -> Accumulator:
+        """Fold in one update, or one packet of `flcore.compression`.
+
+        Parameters
+        ----------
+        update : update, Packet or bytes
+            An update like the one given at construction; or a packet for as many values as its
+            floating layers have, in order. Bytes are checked as `Packet.from_bytes` does.
+        weight : float
+            Finite, >= 0. An update of weight 0 is counted and not read.
+
+        Returns
+        -------
+        Accumulator
+            Itself, so that calls can be chained.
+
+        Raises
+        ------
+        InvalidInputError, DTypeError
+            Structure, shapes, dtypes or the weight cannot be used; nothing was added.
+        NonFiniteError
+            See `nonfinite`; nothing was added. Also when finite values overflow the sums, which
+            are then lost: use dtype="float64".
+        PacketError
+            The packet is corrupt or of another size; nothing was added.
+        """
+        weight = _arrays.parse_weights([weight], 1, signed=False if weight else True)[0]
+        packet = _as_packet(update)
+        layers = None if packet is not None else self._layout.layers(update, "update")
+        if packet is not None:
+            self._check_packet(packet)
+        if weight != 0:
+            scale = weight / (self._unit or weight)
+            if layers is not None:
+                views = [_arrays.view(layers[l]) for l in self._floats]
+                if not self._admit(views, scale):
+                    self.excluded += 1
+                    return self
+                self._sum(views, self._like, scale)
+                for l, integer in self._integers.items():
+                    integer.add(layers[l], weight)
+            else:
+                self._add_packet(packet, scale)
+            self._unit = self._unit or weight
+        self._total += Fraction(weight)
+        self.count += 1
+        return self
+
+    def merge(self, other: Accumulator) -> Accumulator:
+        """Fold in another accumulator of the same layout and dtype; `other` is unchanged.
+
+        Raises
+        ------
+        InvalidInputError
+            `other` has another layout or dtype.
+        """
+        if not isinstance(other, Accumulator):
+            raise DTypeError(f"other: expected an Accumulator, got {type(other).__name__}")
+        for what, mine, theirs in (
+            ("dtype", self.dtype, other.dtype),
+            ("layout", self._layout, other._layout),
+        ):
+            if mine != theirs:
+                raise InvalidInputError(f"other: expected {what} {mine}, got {theirs}")
+        if other._unit is not None and other._total:
+            if self.dtype == "reproducible":
+                self._check_terms(other.count)
+                for mine, theirs in zip(self._state, other._state, strict=True):
+                    mine += theirs
+            else:
+                self._unit = self._unit or other._unit
+                rows = [_arrays.view(s) for s in other._state]
+                self._sum(rows, rows, other._unit / self._unit)
+            for l, integer in self._integers.items():
+                integer.merge(other._integers[l])
+        self._total += other._total
+        self.count += other.count
+        self.excluded += other.excluded
+        return self
+
+    def result(self, divisor: float | None = None) -> Any:
+        """Return the mean so far, or the weighted sum divided by `divisor`.
+
+        The accumulator is unchanged and can take more updates.
+
+        Parameters
+        ----------
+        divisor : float, optional
+            Positive. By default the sum of the weights, which gives the mean. Error control with
+            partial participation divides by the total number of clients instead.
+
+        Returns
+        -------
+        update
+            Of the structure, dtype and device of `like`.
+
+        Raises
+        ------
+        InvalidInputError
+            Nothing of positive weight was added and no divisor was given.
+        """
+        if divisor is None:
+            if not self._total:
+                raise InvalidInputError("result: nothing of positive weight was added")
+            divisor = self.total_weight
+        elif not (np.isfinite(divisor) and divisor > 0):
+            raise InvalidInputError(f"divisor: expected a positive finite number, got {divisor!r}")
+        out = [_arrays.view(_arrays.empty_like(v.array)) for v in self._like]
+        self._call([], [], layers=self._like, out=out, divisor=divisor / (self._unit or 1.0))
+        layers = {l: v.array for l, v in zip(self._floats, out, strict=True)}
+        for l, integer in self._integers.items():
+            if integer.value is None:  # only packets came: they carry no integer layers
+                integer.add(np.zeros(tuple(integer.like.shape), np.int64), 0.0)
+            layers[l] = integer.result(self.total_weight or 1.0)
+        return self._layout.build([layers[l] for l in range(len(layers))])
+
+    def reset(self) -> Accumulator:
+        """Forget everything that was added; the memory is kept."""
+        for state in self._state:
+            state[...] = 0
+        for integer in self._integers.values():
+            integer.value = None
+        self._total = Fraction(0)
+        self._unit = 1.0 if self.dtype == "reproducible" else None
+        self.count = self.excluded = 0
+        return self
+
+    # ---- internals -----------------------------------------------------------------------------
+
+    def _call(self, rows: list, weights: list[float], *, layers: list, out: Any, divisor: float):
+        function = _variants.choose("combine", self._device, self.variant)
+        return function(
+            rows,
+            weights,
+            layers=layers,
+            state=self._state,
+            out=out,
+            accumulate=self.dtype,
+            divisor=divisor,
+            check=self.nonfinite != "propagate" or self.dtype == "reproducible",
+        )
+
+    def _sum(self, row: list[_arrays.View], layers: list[_arrays.View], scale: float) -> None:
+        """Add ``scale * row`` to the state."""
+        flags = self._call([row], [scale], layers=layers, out=None, divisor=1.0)
+        if flags and self.nonfinite != "propagate":
+            wider = "; use dtype='float64'" if self.dtype == "float32" else ""
+            raise NonFiniteError(f"the accumulated sum overflows {self.dtype}{wider}")
+
+    def _admit(self, views: list[_arrays.View], scale: float) -> bool:
+        """Whether the update may be added; raises what the policy says. The state is not touched."""
+        self._check_terms(1)
+        if self.dtype == "reproducible":  # a trial sum finds values outside the grid, too
+            scratch = [_arrays.view(_arrays.empty_like(v.array)) for v in views]
+            flags = _variants.choose("combine", self._device, self.variant)(
+                [views],
+                [scale],
+                layers=self._like,
+                state=None,
+                out=scratch,
+                accumulate=self.dtype,
+                divisor=1.0,
+                check=True,
+            )
+            bad = bool(
+                explain(flags, [views], self._device, self.variant, self.nonfinite, self.dtype)
+            )
+        elif self.nonfinite == "propagate":
+            return True
+        else:
+            bad = any(_variants.choose("nonfinite", self._device, self.variant)([views]))
+        if bad and self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"update {self.count} (counted from 0): NaN or infinity found; it was not added. "
+                "Pass nonfinite='exclude' to leave such updates out",
+                (self.count,),
+            )
+        return not bad
+
+    def _check_terms(self, more: int) -> None:
+        limit = _native.core.BIN_MAX_TERMS
+        if self.dtype == "reproducible" and self.count + more > limit:
+            raise InvalidInputError(f"a reproducible accumulator takes at most {limit} updates")
+
+    def _check_packet(self, packet: Any) -> None:
+        if self._device != "cpu":
+            raise DTypeError(f"packets are added on the CPU; this accumulator is on {self._device}")
+        expected = sum(v.numel for v in self._like)
+        if packet.header.numel != expected:
+            raise InvalidInputError(
+                f"packet: expected {expected} values like the accumulator, "
+                f"got {packet.header.numel}"
+            )
+        self._check_terms(1)
+
+    def _add_packet(self, packet: Any, scale: float) -> None:
+        from flcore.ops import decode
+
+        if self.dtype == "reproducible":
+            dense = decode.decode(packet)
+            views, start = [], 0
+            for v in self._like:
+                part = dense[start : start + v.numel].astype(np.float64)
+                views.append(_arrays.view(part))
+                start += v.numel
+            self._sum(views, views, scale)
+        else:
+            decode.decode_add_into([packet], [scale], self._state)
+
+
+def _zeros(layer: _arrays.View, dtype: str) -> Any:
+    """Accumulators of one layer: shape (numel,), or (3, numel) bins."""
+    shape = (3, layer.numel) if dtype == "reproducible" else (layer.numel,)
+    wide = dtype != "float32" or layer.dtype == "float64"
+    if isinstance(layer.array, np.ndarray):
+        return np.zeros(shape, np.float64 if wide else np.float32)
+    torch = sys.modules["torch"]
+    kind = torch.float64 if wide else torch.float32
+    return torch.zeros(shape, dtype=kind, device=layer.array.device)
+
+
+def _as_packet(update: Any) -> Any:
+    """Return the packet that `update` is or holds, or None when it is an update."""
+    if isinstance(update, bytes | bytearray | memoryview):
+        from flcore.compression import Packet
+
+        return Packet.from_bytes(update)
+    compression = sys.modules.get("flcore.compression")
+    return update if compression and isinstance(update, compression.Packet) else None

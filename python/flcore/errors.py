@@ -1,0 +1,52 @@
+"""Exceptions raised by flcore; each also derives from the built-in a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DTypeError",
+    "FlcoreError",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "PacketError",
+    "VariantUnavailableError",
+]
+
+
+class FlcoreError(Exception):
+    """Base class of every error that flcore raises on purpose."""
+
+
+class InvalidInputError(FlcoreError, ValueError):
+    """An argument has a value that cannot be used; the message names it and what was expected."""
+
+
+class DTypeError(FlcoreError, TypeError):
+    """An argument has a type or dtype that cannot be used, or dtypes that differ."""
+
+
+class NonFiniteError(InvalidInputError):
+    """An update holds a NaN or an infinity, or a sum overflowed.
+
+    Attributes
+    ----------
+    clients : tuple of int
+        Positions of the offending updates in the call; empty when every input was finite and the
+        sum itself overflowed.
+    """
+
+    def __init__(self, message: str, clients: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.clients = tuple(clients)
+
+
+class PacketError(InvalidInputError):
+    """A packet is truncated, corrupt, from another version, or larger than the limits allow."""
+
+
+class MissingDependencyError(FlcoreError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class VariantUnavailableError(FlcoreError, RuntimeError):
+    """The requested variant of an op cannot run here; the message says why."""

@@ -1,0 +1,307 @@
+"""Weighted sum of client updates: validation, choice of variant, policy for non-finite values."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flcore import _arrays, _native, _variants
+from flcore._arrays import View
+from flcore.errors import InvalidInputError, NonFiniteError
+
+__all__ = ["ACCUMULATE", "NONFINITE", "combine"]
+
+ACCUMULATE = ("float32", "float64", "reproducible")  # codes of enum Accumulate in csrc/api.h
+NONFINITE = ("raise", "exclude", "propagate")
+
+
+def combine(
+    updates: Any,
+    weights: Sequence[float],
+    *,
+    out: Any = None,
+    accumulate: str = "float32",
+    nonfinite: str = "raise",
+    divisor: float = 1.0,
+    variant: str | None = None,
+) -> Any:
+    r"""Weighted sum of n client updates, ``sum_i weights[i] * updates[i] / divisor``.
+
+    Reads every value once and writes one update: ``n*s + s`` bytes a coordinate for a dtype of s
+    bytes. Layers are read where they lie, never concatenated. Rows whose weight is 0 are not read,
+    so that a NaN in them has no effect.
+
+    Parameters
+    ----------
+    updates : sequence of updates, or array of shape (n, ...)
+        One update a client: an array, or a list, tuple or dict of arrays (NumPy, or torch on CPU or
+        CUDA) of float64, float32, float16 or bfloat16, alike in structure, shapes and dtypes.
+    weights : (n,) numbers
+        Finite, any sign.
+    out : update, optional
+        Where the result goes; same structure, shapes and dtypes as one update. It may be one of
+        the updates. Nothing is written when the call raises.
+    accumulate : {"float32", "float64", "reproducible"}
+        Type of the sums. float64 layers always use float64 at least. "reproducible" gives the same
+        bits for any order of the clients: sums on an absolute grid, exact to 2^-74 a term, for
+        ``|w x| < 2^46`` and at most 16,384 clients.
+    nonfinite : {"raise", "exclude", "propagate"}
+        What a NaN or an infinity in an update does: raise and name the client; leave that client
+        out of the sum; or pass into the result. Found in the same pass, from the finished sums.
+        ("reproducible" turns an infinity that is passed on into a NaN.)
+    divisor : float
+        Positive; applied once to the finished sums.
+    variant : {"reference", "cpu", "cuda", "triton"}, optional
+        Which implementation runs; by default the best for the device.
+
+    Returns
+    -------
+    update
+        Of the kind, dtype and device of one update; `out` itself if it was given.
+
+    Raises
+    ------
+    InvalidInputError
+        Structures, shapes, weights or options that cannot be used.
+    DTypeError
+        dtypes, kinds or devices that differ or cannot be read.
+    NonFiniteError
+        See `nonfinite`; also when finite inputs overflow the accumulator.
+    VariantUnavailableError
+        The named variant cannot run here.
+
+    Notes
+    -----
+    fp32 sums run in client order, multiply then add without fma: the same bits on every
+    instruction set and for every number of threads. In torch.compile and under autograd the
+    torch op ``flcore::combine`` is called, whose gradient for update i is ``weights[i] / divisor``.
+
+    References
+    ----------
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    AISTATS 2017.
+    """
+    _check_options(accumulate, nonfinite, divisor)
+    layout, rows = _arrays.parse_updates(updates)
+    if out is None and variant is None and _needs_torch_op(rows):
+        from flcore import _torch_ops  # comes back here without gradients, a layer at a time
+
+        layers = _torch_ops.combine_layers(
+            rows, [float(w) for w in weights], accumulate, nonfinite, divisor
+        )
+        return layout.build(layers)
+    w = _arrays.parse_weights(weights, len(rows), signed=True)
+    targets = None if out is None else layout.layers(out, "out")
+    layers = combine_layers(
+        rows,
+        lambda keep: [w[i] if i in keep else 0.0 for i in range(len(w))],
+        layout=layout,
+        out=targets,
+        accumulate=accumulate,
+        nonfinite=nonfinite,
+        divisor=lambda keep: divisor,
+        variant=variant,
+    )
+    return out if out is not None else layout.build(layers)
+
+
+def combine_layers(
+    rows: Sequence[Sequence[Any]],
+    weights: Callable[[set[int]], Sequence[float]],
+    *,
+    layout: _arrays.Layout,
+    out: Sequence[Any] | None,
+    accumulate: str,
+    nonfinite: str,
+    divisor: Callable[[set[int]], float],
+    variant: str | None,
+) -> list[Any]:
+    """Sum parsed rows `[n][layers]`; the core of `combine` and of `Mean`.
+
+    `weights(keep)` and `divisor(keep)` say how the clients in `keep` are weighted: the mean
+    normalises again when a client is left out, the plain sum does not.
+    """
+    keep = set(range(len(rows)))
+    views = [
+        [_arrays.view(x, layout.label(f"updates[{i}]", l)) for l, x in enumerate(row)]
+        for i, row in enumerate(rows)
+    ]
+    device = one_device(views[0])
+    targets, writes_through = _targets(views[0], rows[0], out, layout, nonfinite)
+    function = _variants.choose("combine", device, variant)
+    while True:
+        w = weights(keep)
+        active = [i for i in range(len(rows)) if w[i] != 0]
+        if accumulate == "reproducible" and len(active) > _native.core.BIN_MAX_TERMS:
+            raise InvalidInputError(
+                f"updates: reproducible sums take at most {_native.core.BIN_MAX_TERMS} clients, "
+                f"got {len(active)}; merge partial results of Accumulator in float64 instead"
+            )
+        flags = function(
+            [views[i] for i in active],
+            [w[i] for i in active],
+            layers=views[0],
+            state=None,
+            out=targets,
+            accumulate=accumulate,
+            divisor=divisor(keep),
+            check=nonfinite != "propagate" or accumulate == "reproducible",
+        )
+        bad = explain(flags, [views[i] for i in active], device, variant, nonfinite, accumulate)
+        if not bad:
+            break
+        bad = [active[i] for i in bad]
+        names = ", ".join(f"updates[{i}]" for i in bad)
+        if nonfinite == "raise":
+            raise NonFiniteError(
+                f"{names}: NaN or infinity found. Drop the client, or pass nonfinite='exclude' to "
+                "leave it out, or nonfinite='propagate' to let it through",
+                tuple(bad),
+            )
+        keep -= set(bad)
+        if not any(weights(keep)):
+            raise NonFiniteError(
+                f"{names}: NaN or infinity found and no client is left to combine", tuple(bad)
+            )
+    if out is None:
+        return [t.array for t in targets]
+    if not writes_through:
+        for target, result in zip(out, targets, strict=True):
+            _arrays.assign(target, result.array)
+    return list(out)
+
+
+def explain(
+    flags: int,
+    views: Sequence[Sequence[View]],
+    device: str,
+    variant: str | None,
+    nonfinite: str,
+    accumulate: str,
+) -> list[int]:
+    """Positions of the non-finite rows, or an error when the sum itself is at fault."""
+    core = _native.core
+    if not flags or (nonfinite == "propagate" and not flags & core.COMBINE_OUT_OF_RANGE):
+        return []
+    found = _variants.choose("nonfinite", device, variant)(views)
+    bad = [i for i, is_bad in enumerate(found) if is_bad]
+    if nonfinite == "propagate" and bad:
+        return []
+    if not bad and flags & core.COMBINE_OUT_OF_RANGE:
+        raise InvalidInputError(
+            "updates: reproducible sums need |weight * value| < 2^46; scale the updates down or "
+            "use accumulate='float64'"
+        )
+    if not bad:
+        wider = " or use accumulate='float64'" if accumulate == "float32" else ""
+        raise NonFiniteError(
+            f"updates: all values are finite but their sum overflows; scale them down{wider}"
+        )
+    return bad
+
+
+def one_device(layers: Sequence[View]) -> str:
+    """Return the device that all layers share; "cpu" when there is none."""
+    devices = sorted({v.device for v in layers})
+    if len(devices) > 1:
+        raise InvalidInputError(f"updates: expected all layers on one device, got {devices}")
+    return devices[0] if devices else "cpu"
+
+
+def _targets(
+    first: Sequence[View],
+    raw: Sequence[Any],
+    out: Sequence[Any] | None,
+    layout: _arrays.Layout,
+    nonfinite: str,
+) -> tuple[list[View], bool]:
+    """Views the kernel writes, and whether they are the user's own `out`.
+
+    With a policy that can raise, the kernel writes to scratch that is copied when all went well
+    (8 bytes a coordinate, once a call): an error then leaves `out` as it was.
+    """
+    if out is not None:
+        views = [
+            _arrays.writable_view(x, layout.label("out", l), first[l]) for l, x in enumerate(out)
+        ]
+        if nonfinite == "propagate" and all(v is not None for v in views):
+            return [v for v in views if v is not None], True
+    return [_arrays.view(_arrays.empty_like(x)) for x in raw], False
+
+
+def _check_options(accumulate: str, nonfinite: str, divisor: float) -> None:
+    if accumulate not in ACCUMULATE:
+        raise InvalidInputError(f"accumulate: expected one of {ACCUMULATE}, got {accumulate!r}")
+    if nonfinite not in NONFINITE:
+        raise InvalidInputError(f"nonfinite: expected one of {NONFINITE}, got {nonfinite!r}")
+    if not (isinstance(divisor, int | float) and math.isfinite(divisor) and divisor > 0):
+        raise InvalidInputError(f"divisor: expected a positive finite number, got {divisor!r}")
+
+
+def _needs_torch_op(rows: Sequence[Sequence[Any]]) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not rows[0] or isinstance(rows[0][0], np.ndarray):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for row in rows for x in row)
+
+
+# ---- variants ----------------------------------------------------------------------------------
+
+
+def _combine_cpu(
+    rows: Sequence[Sequence[View]],
+    weights: Sequence[float],
+    *,
+    layers: Sequence[View],
+    state: Sequence | None,
+    out: Sequence[View] | None,
+    accumulate: str,
+    divisor: float,
+    check: bool,
+) -> int:
+    """csrc/cpu/combine.isa.cpp; `layers` gives sizes and dtypes, `state` the accumulators."""
+    numel = [v.numel for v in layers]
+    return _native.core.combine(
+        [v.ptr for row in rows for v in row],
+        weights,
+        numel,
+        [v.code for v in layers],
+        [] if state is None else [_arrays.view(s).ptr for s in state],
+        [] if out is None else [v.ptr for v in out],
+        ACCUMULATE.index(accumulate),
+        divisor,
+        _native.threads_for(sum(numel) * (len(rows) + 1)),
+    )
+
+
+def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
+    numel = [v.numel for v in rows[0]] if rows else []
+    found = _native.core.nonfinite(
+        [v.ptr for row in rows for v in row],
+        len(rows),
+        numel,
+        [v.code for v in rows[0]] if rows else [],
+        _native.threads_for(sum(numel) * len(rows)),
+    )
+    return [bool(f) for f in found]
+
+
+def _reference(name: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from flcore.reference import combine as module
+
+        return getattr(module, name)
+
+    return load
+
+
+_variants.add("combine", "cpu", lambda: _combine_cpu, _variants.cpu_only)
+_variants.add("combine", "reference", _reference("combine"))
+_variants.add("nonfinite", "cpu", lambda: _nonfinite_cpu, _variants.cpu_only)
+_variants.add("nonfinite", "reference", _reference("nonfinite"))

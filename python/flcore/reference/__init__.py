@@ -1,0 +1,1 @@
+"""The definition of each op in NumPy with float64 sums: what every other variant is tested with."""
