@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).parents[1]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -106,3 +109,23 @@ def outputs_per_level(script: str) -> dict[str, str]:
         assert done.returncode == 0, f"{level}: {done.stderr}"
         printed[level] = done.stdout
     return printed
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the core and tests/native/*.cpp, without Python, under the address and UB sanitizers."""
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    folder = tmp_path_factory.mktemp("native")
+    generator = ["-GNinja"] if shutil.which("ninja") else []
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(folder), *generator),
+        *("-DFLCORE_PYTHON=OFF", "-DFLCORE_NATIVE_TESTS=ON", "-DFLCORE_CUDA=OFF"),
+        *("-DFLCORE_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None"),
+        "-DCMAKE_CXX_FLAGS=-O1 -g1",
+    ]
+    for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _native
+from flcore import _native, _variants
 from flcore._version import __version__
 
-__all__ = ["build_info"]
+__all__ = ["build_info", "report"]
 
 
 def build_info() -> dict[str, Any]:
@@ -76,3 +76,33 @@ def _openmp_libraries() -> list[str]:
     maps = Path(f"/proc/{os.getpid()}/maps").read_text().splitlines()
     files = {line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6}
     return sorted(f for f in files if re.search(r"lib(g|i|)omp[0-9]*[.-]", f))
+
+
+def report() -> str:
+    """Return `build_info` and the variants of each op as aligned text."""
+    lines = [(key, _text(key, value)) for key, value in build_info().items()]
+    lines += [(f"op {op}", text) for op, text in _ops()]
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {text}" for key, text in lines)
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "cuda":
+        built = "built" if value["built"] else "not built"
+        reason = f" ({value['reason']})" if value["reason"] else ""
+        return f"{built}, {value['devices']} devices{reason}"
+    if key == "packages":
+        return ", ".join(f"{name} {version or 'not installed'}" for name, version in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return str(value)
+
+
+def _ops() -> list[tuple[str, str]]:
+    """Variants of each op that can run on the CPU of this machine."""
+    import flcore.ops  # noqa: F401  (registers the variants)
+
+    return [
+        (op, ", ".join(name for name, why in _variants.available(op).items() if not why))
+        for op in _variants.names()
+    ]

@@ -7,6 +7,7 @@ Nothing falls back in silence once a variant was named.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 from flcore.errors import InvalidInputError, VariantUnavailableError
 
-__all__ = ["NAMES", "add", "available", "choose"]
+__all__ = ["NAMES", "add", "available", "choose", "lazy", "names"]
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -61,6 +62,16 @@ def add(
     if name not in NAMES:
         raise ValueError(f"variant name {name!r}: expected one of {NAMES}")
     _table.setdefault(op, {})[name] = Variant(load, missing)
+
+
+def names() -> list[str]:
+    """Return the ops that have been registered, sorted."""
+    return sorted(_table)
+
+
+def lazy(module: str, name: str) -> Callable[[], Callable[..., Any]]:
+    """Return a loader for `add` that imports `module` when the variant is first chosen."""
+    return lambda: getattr(importlib.import_module(module), name)
 
 
 def available(op: str, device: str = "cpu") -> dict[str, str]:

@@ -85,7 +85,6 @@ def combine(
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
     AISTATS 2017.
     """
-    _check_options(accumulate, nonfinite, divisor)
     layout, rows = _arrays.parse_updates(updates)
     if out is None and variant is None and _needs_torch_op(rows):
         from flcore import _torch_ops  # comes back here without gradients, a layer at a time
@@ -94,6 +93,7 @@ def combine(
             rows, [float(w) for w in weights], accumulate, nonfinite, divisor
         )
         return layout.build(layers)
+    _check_options(accumulate, nonfinite, divisor)
     w = _arrays.parse_weights(weights, len(rows), signed=True)
     targets = None if out is None else layout.layers(out, "out")
     layers = combine_layers(
@@ -292,16 +292,12 @@ def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     return [bool(f) for f in found]
 
 
-def _reference(name: str) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from flcore.reference import combine as module
-
-        return getattr(module, name)
-
-    return load
-
-
-_variants.add("combine", "cpu", lambda: _combine_cpu, _variants.cpu_only)
-_variants.add("combine", "reference", _reference("combine"))
-_variants.add("nonfinite", "cpu", lambda: _nonfinite_cpu, _variants.cpu_only)
-_variants.add("nonfinite", "reference", _reference("nonfinite"))
+for _op, _cpu in (("combine", _combine_cpu), ("nonfinite", _nonfinite_cpu)):
+    _variants.add(_op, "cpu", lambda _cpu=_cpu: _cpu, _variants.cpu_only)
+    _variants.add(_op, "reference", _variants.lazy("flcore.reference.combine", _op))
+    _variants.add(
+        _op, "triton", _variants.lazy("flcore.pykernels.combine", _op), _variants.needs_triton
+    )
+    _variants.add(
+        _op, "cuda", _variants.lazy("flcore.ops._combine_cuda", _op), _variants.needs_cuda
+    )
