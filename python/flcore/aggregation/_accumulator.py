@@ -84,11 +84,11 @@ class Accumulator:
         self.dtype, self.nonfinite, self.variant = dtype, nonfinite, variant
         self._layout, layers = _arrays.flatten(like, "like")
         self._floats, integer_layers = split_layers(self._layout)
-        self._like = [_arrays.view(_arrays.empty_like(layers[l])) for l in self._floats]
+        self._like = [_arrays.view(_arrays.empty_like(layers[j])) for j in self._floats]
         self._device = one_device(self._like)
         self._state = [_zeros(v, dtype) for v in self._like]
         self._integers = {
-            l: IntegerLayer(_arrays.empty_like(layers[l]), integers) for l in integer_layers
+            j: IntegerLayer(_arrays.empty_like(layers[j]), integers) for j in integer_layers
         }
         self._total = Fraction(0)
         self._unit: float | None = 1.0 if dtype == "reproducible" else None
@@ -138,13 +138,13 @@ class Accumulator:
         if weight != 0:
             scale = weight / (self._unit or weight)
             if layers is not None:
-                views = [_arrays.view(layers[l]) for l in self._floats]
+                views = [_arrays.view(layers[j]) for j in self._floats]
                 if not self._admit(views, scale):
                     self.excluded += 1
                     return self
                 self._sum(views, self._like, scale)
-                for l, integer in self._integers.items():
-                    integer.add(layers[l], weight)
+                for j, integer in self._integers.items():
+                    integer.add(layers[j], weight)
             else:
                 self._add_packet(packet, scale)
             self._unit = self._unit or weight
@@ -177,8 +177,8 @@ class Accumulator:
                 self._unit = self._unit or other._unit
                 rows = [_arrays.view(s) for s in other._state]
                 self._sum(rows, rows, other._unit / self._unit)
-            for l, integer in self._integers.items():
-                integer.merge(other._integers[l])
+            for j, integer in self._integers.items():
+                integer.merge(other._integers[j])
         self._total += other._total
         self.count += other.count
         self.excluded += other.excluded
@@ -213,12 +213,12 @@ class Accumulator:
             raise InvalidInputError(f"divisor: expected a positive finite number, got {divisor!r}")
         out = [_arrays.view(_arrays.empty_like(v.array)) for v in self._like]
         self._call([], [], layers=self._like, out=out, divisor=divisor / (self._unit or 1.0))
-        layers = {l: v.array for l, v in zip(self._floats, out, strict=True)}
-        for l, integer in self._integers.items():
+        layers = {j: v.array for j, v in zip(self._floats, out, strict=True)}
+        for j, integer in self._integers.items():
             if integer.value is None:  # only packets came: they carry no integer layers
                 integer.add(np.zeros(tuple(integer.like.shape), np.int64), 0.0)
-            layers[l] = integer.result(self.total_weight or 1.0)
-        return self._layout.build([layers[l] for l in range(len(layers))])
+            layers[j] = integer.result(self.total_weight or 1.0)
+        return self._layout.build([layers[j] for j in range(len(layers))])
 
     def reset(self) -> Accumulator:
         """Forget everything that was added; the memory is kept."""
@@ -300,10 +300,10 @@ class Accumulator:
         self._check_terms(1)
 
     def _add_packet(self, packet: Any, scale: float) -> None:
-        from flcore.ops import decode
+        from flcore.ops.decode import decode, decode_add_into
 
         if self.dtype == "reproducible":
-            dense = decode.decode(packet)
+            dense = decode(packet)
             views, start = [], 0
             for v in self._like:
                 part = dense[start : start + v.numel].astype(np.float64)
@@ -311,7 +311,7 @@ class Accumulator:
                 start += v.numel
             self._sum(views, views, scale)
         else:
-            decode.decode_add_into([packet], [scale], self._state)
+            decode_add_into([packet], [scale], self._state)
 
 
 def _zeros(layer: _arrays.View, dtype: str) -> Any:

@@ -109,22 +109,22 @@ class Mean:
             return [q[i] / scale if i in keep and q[i] else 0.0 for i in range(n)]
 
         results = combine_layers(
-            [[row[l] for l in floats] for row in rows],
+            [[row[j] for j in floats] for row in rows],
             shares,
             layout=layout.select(floats),
-            out=None if targets is None else [targets[l] for l in floats],
+            out=None if targets is None else [targets[j] for j in floats],
             accumulate=self.accumulate,
             nonfinite=self.nonfinite,
             divisor=lambda keep: total(keep) if exact else 1.0,
             variant=variant,
         )
         layers = dict(zip(floats, results, strict=True))
-        for l in integers:
-            layer = IntegerLayer(rows[0][l], self.integers)
+        for j in integers:
+            layer = IntegerLayer(rows[0][j], self.integers)
             for i in sorted(kept):
                 if q[i]:
-                    layer.add(rows[i][l], q[i])
-            layers[l] = layer.result(total(kept))
+                    layer.add(rows[i][j], q[i])
+            layers[j] = layer.result(total(kept))
             if targets is not None:
-                _arrays.assign(targets[l], layers[l])
-        return out if out is not None else layout.build([layers[l] for l in range(len(layers))])
+                _arrays.assign(targets[j], layers[j])
+        return out if out is not None else layout.build([layers[j] for j in range(len(layers))])

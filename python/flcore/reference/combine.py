@@ -1,7 +1,7 @@
 """Weighted sum of client rows: the definition (McMahan et al., AISTATS 2017, Algorithm 1).
 
-    acc[l][j] = start[l][j] + sum_i weights[i] * rows[i][l][j]
-    out[l][j] = acc[l][j] / divisor,  in the dtype of layer l
+    acc[j] = start[j] + sum_i weights[i] * rows[i][j]    for every layer j, element by element
+    out[j] = acc[j] / divisor,  in the dtype of the layer
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def combine(
     """Compute the module's formula in float64; see `flcore.ops.combine` for the arguments."""
     flags = 0
     with np.errstate(over="ignore", invalid="ignore"):
-        for l, layer in enumerate(layers):
+        for j, layer in enumerate(layers):
             bins = accumulate == "reproducible"
             shape = (3, layer.numel) if bins else (layer.numel,)
-            acc = np.zeros(shape) if state is None else _arrays.to_float64(state[l]).reshape(shape)
+            acc = np.zeros(shape) if state is None else _arrays.to_float64(state[j]).reshape(shape)
             for row, w in zip(rows, weights, strict=True):
-                product = w * _arrays.to_float64(row[l].array)
+                product = w * _arrays.to_float64(row[j].array)
                 if bins:
                     if not (np.abs(product) < BIN_LIMIT).all():
                         flags |= OUT_OF_RANGE
@@ -64,13 +64,13 @@ def combine(
             total = (acc[0] + acc[1]) + acc[2] if bins else acc
             if out is None:
                 assert state is not None
-                _arrays.assign(state[l], acc)
+                _arrays.assign(state[j], acc)
                 if not np.isfinite(total).all():
                     flags |= NONFINITE
             else:
                 if not np.isfinite(total).all():
                     flags |= NONFINITE
-                _arrays.assign(out[l].array, total / divisor)
+                _arrays.assign(out[j].array, total / divisor)
     return flags if check else 0
 
 
