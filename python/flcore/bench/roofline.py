@@ -1,0 +1,107 @@
+"""Read and copy bandwidth of this machine, measured beside the cases and not once for all.
+
+The probes are contestants like any other: they take their turns in the rounds of a case, so that
+"percent of the copy bandwidth" compares with what the machine could do at that moment and with
+the same number of threads.
+
+* read: a vectorised sum over a 256 MB buffer, counts 256 MB.
+* copy: one 256 MB buffer to another, counts 512 MB (what is read plus what is written).
+
+Both buffers are far larger than any cache and touched before they are timed.  GB/s are 1e9 bytes
+per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flcore.bench.timers import Contestant, Interval, PairedTimes
+
+__all__ = ["PROBE_BYTES", "Roofline", "percent_of", "probes"]
+
+PROBE_BYTES = 256_000_000
+READ, COPY = "read bandwidth", "copy bandwidth"
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The two probes of a run.
+
+    Attributes
+    ----------
+    contestants : tuple of Contestant
+        To be appended to the contestants of every case.
+    bytes_of : dict
+        Bytes that one call of each probe counts, by name.
+    """
+
+    contestants: tuple[Contestant, ...]
+    bytes_of: dict[str, int]
+
+    def gigabytes_per_second(self, times: PairedTimes, name: str) -> float:
+        """Median bandwidth of the probe `name` in the rounds of one case."""
+        return self.bytes_of[name] / times.quantiles(name)[1] / 1e9
+
+
+def percent_of(roofline: Roofline, probe: str, times: PairedTimes, moved: int) -> Interval:
+    """Bandwidth of the yardstick as a percentage of `probe`, paired within rounds.
+
+    Parameters
+    ----------
+    moved : int
+        Bytes that the yardstick (the first contestant of `times`) must move in one call.
+    """
+    return times.ratio(probe).scaled(100.0 * moved / roofline.bytes_of[probe])
+
+
+def probes(device: str, threads: int, nbytes: int = PROBE_BYTES) -> Roofline:
+    """Allocate and touch the buffers; return the probes for `device`.
+
+    Parameters
+    ----------
+    device : str
+        "cpu" or "cuda".
+    threads : int
+        Threads of the host probes.
+    nbytes : int
+        Size of each buffer, rounded down to a multiple of 64.
+    """
+    nbytes -= nbytes % 64
+    if device == "cuda":
+        from flcore.bench.cuda import probe_calls
+
+        read, copy = probe_calls(nbytes)
+    else:
+        read, copy = _host_calls(nbytes, threads)
+    return Roofline(
+        contestants=(
+            Contestant(READ, read, to_numpy=_no_result, matches=_unchecked, kind="probe"),
+            Contestant(COPY, copy, to_numpy=_no_result, matches=_unchecked, kind="probe"),
+        ),
+        bytes_of={READ: nbytes, COPY: 2 * nbytes},
+    )
+
+
+def _no_result(result: Any) -> np.ndarray:
+    return np.empty(0)
+
+
+def _unchecked(slot: int, result: np.ndarray) -> str | None:
+    return None
+
+
+def _host_calls(nbytes: int, threads: int) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
+    src = np.ones(nbytes // 4, np.float32)
+    dst = np.zeros(nbytes // 4, np.float32)
+    dst += 1  # pages of zeros are not really there until they are written
+    from flcore._native import core
+
+    # the lambdas hold src and dst: the addresses stay valid as long as the probes exist
+    return (
+        lambda slot: core.probe_read(src.ctypes.data, nbytes, threads),
+        lambda slot: core.probe_copy(dst.ctypes.data, src.ctypes.data, nbytes, threads),
+    )

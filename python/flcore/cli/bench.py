@@ -1,0 +1,148 @@
+"""`flcore bench`: times flcore beside what its users run today, and prints one table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flcore.bench import Case
+    from flcore.bench.runner import Progress as Tell
+
+__all__ = ["bench"]
+
+# A redraw every fifth of a second costs nothing measurable and is smooth enough.
+REDRAW_S = 0.2
+
+
+def bench(
+    family: Annotated[
+        str | None, typer.Argument(help="A family or one case; everything if left out.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write all numbers to this file.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write tables in Markdown to this file.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of every contestant; all if left out.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A second or two a case, without torch.compile.")
+    ] = False,
+    tiny: Annotated[
+        bool,
+        typer.Option("--tiny", help="Small inputs: checks that all runs; the times mean nothing."),
+    ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="With torch.compile peers (slow to start)."),
+    ] = None,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="List families and cases, and stop.")
+    ] = False,
+) -> None:
+    """Time flcore beside NumPy, torch and others, taking turns call by call.
+
+    Every contestant is verified before it is timed.
+
+    Ratios are medians of pairs, with a 95 % interval.
+
+    Percentages compare with the bandwidth measured in the same rounds.
+    """
+    from flcore.bench import Plan, Setup, run, select, terminal_table, write_json, write_markdown
+    from flcore.bench.environment import thread_count
+
+    console = Console()
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    try:
+        cases = select(family, device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="family") from None
+    if list_cases:
+        console.print(_case_table(cases))
+        return
+    if device == "cuda":
+        _require_gpu()
+
+    setup = Setup(
+        device=device,
+        threads=thread_count(threads),
+        tiny=tiny,
+        compiled=not (quick or tiny) if compiled is None else compiled,
+    )
+    with _progress_bar(len(cases)) as tell:
+        report = run(cases, setup, Plan.quick() if quick or tiny else Plan(), tell)
+    console.print(terminal_table(report))
+    if json is not None:
+        write_json(report, json)
+    if markdown is not None:
+        write_markdown(report, markdown)
+    if report.failed():
+        names = ", ".join(case.name for case in report.failed())
+        Console(stderr=True).print(f"[red]failed:[/red] {names}")
+        raise typer.Exit(1)
+
+
+def _require_gpu() -> None:
+    from flcore._extras import require
+
+    if not require("torch", "torch").cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device here", param_hint="--device")
+
+
+def _case_table(cases: list[Case]) -> Table:
+    table = Table(title="flcore bench [FAMILY | CASE]", title_style="")
+    table.add_column("case", no_wrap=True)
+    table.add_column("operation, and the bytes it must move", overflow="fold")
+    table.add_column("runs on", no_wrap=True)
+    for family in dict.fromkeys(case.family for case in cases):
+        table.add_section()
+        table.add_row(f"[bold]{family}[/bold]")
+        for case in (case for case in cases if case.family == family):
+            what = f"{case.title}\n[dim]{case.formula}[/dim]"
+            table.add_row(f"  {case.name}", what, ", ".join(case.devices))
+    return table
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Tell]:
+    """Draw a bar that is only redrawn between timed calls, never by a thread beside them."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    task = bar.add_task("", total=total)
+    shown: tuple[str, str] = ("", "")
+    drawn_at = 0.0
+
+    def tell(number: int, count: int, name: str, stage: str, fraction: float) -> None:
+        nonlocal shown, drawn_at
+        now = time.monotonic()
+        if (name, stage) == shown and now - drawn_at < REDRAW_S:
+            return
+        shown, drawn_at = (name, stage), now
+        done = f" {fraction:.0%}" if fraction else ""
+        bar.update(task, completed=number, description=f"{name}: {stage}{done}")
+        bar.refresh()
+
+    with bar:
+        yield tell
