@@ -7,10 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import EPS
 
 from flcore.aggregation import Accumulator, Mean
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, PacketError
+from support import EPS
 
 HAND = [(np.float32([1, -2]), 1), (np.float32([3, 0]), 3), (np.float32([-1, 4]), 4)]
 ONE = np.ones(4, np.float32)

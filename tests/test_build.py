@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HAS_TORCH, ROOT
 
 import flcore
 from flcore import _arrays, _native
 from flcore.errors import InvalidInputError, MissingDependencyError
+from support import HAS_TORCH, ROOT
 
 
 def python(code: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:

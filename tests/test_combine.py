@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import DTYPES, EPS, HAS_TORCH, SIZES, Guarded, np_dtype, outputs_per_level, unaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -14,6 +13,7 @@ from flcore import _variants
 from flcore.aggregation import Mean
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, VariantUnavailableError
 from flcore.ops import combine
+from support import DTYPES, EPS, HAS_TORCH, SIZES, Guarded, np_dtype, outputs_per_level, unaligned
 
 CPU_VARIANTS = [v for v, why in _variants.available("combine", "cpu").items() if not why]
 ROWS = (1, 2, 3, 8, 17)  # one, the pairs, an odd tail, one full block of rows, two blocks and one

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, usable_levels
+
+from support import ROOT, usable_levels
 
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests/native").glob("*.cpp"))
 

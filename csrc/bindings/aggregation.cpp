@@ -4,48 +4,19 @@
 
 #include "api.h"
 #include "bindings/bindings.h"
-#include "check.h"
+#include "bindings/combine_call.h"
 
 namespace py = pybind11;
 
 namespace flcore {
 
-using Addresses = std::vector<uintptr_t>;
-
-static void check_table(const Addresses& rows, int64_t n, const std::vector<int64_t>& numel,
-                        const std::vector<int>& dtype) {
-  FLCORE_CHECK(dtype.size() == numel.size(), "dtype: expected ", numel.size(), " codes, got ",
-               dtype.size());
-  FLCORE_CHECK(int64_t(rows.size()) == n * int64_t(numel.size()), "rows: expected ", n, " x ",
-               numel.size(), " addresses, got ", rows.size());
-  for (int d : dtype) FLCORE_CHECK(d >= 0 && d < DTYPE_COUNT, "dtype: unknown code ", d);
-}
-
 static int combine(const Addresses& rows, const std::vector<double>& weights,
                    const std::vector<int64_t>& numel, const std::vector<int>& dtype,
                    const Addresses& state, const Addresses& out, int accumulate, double divisor,
                    int threads) {
-  const int64_t n = int64_t(weights.size());
-  check_table(rows, n, numel, dtype);
-  FLCORE_CHECK(state.empty() || state.size() == numel.size(), "state: one address a layer");
-  FLCORE_CHECK(out.empty() || out.size() == numel.size(), "out: one address a layer");
-  FLCORE_CHECK(numel.empty() || !state.empty() || !out.empty(), "state or out is needed");
-  FLCORE_CHECK(accumulate >= 0 && accumulate < ACCUMULATE_COUNT, "accumulate: unknown code");
-  const auto x = pointers<const void>(rows);
-  const auto s = pointers<>(state), o = pointers<>(out);
-  const CombineArgs args{n,
-                         int64_t(numel.size()),
-                         numel.data(),
-                         dtype.data(),
-                         x.data(),
-                         weights.data(),
-                         s.empty() ? nullptr : s.data(),
-                         o.empty() ? nullptr : o.data(),
-                         accumulate,
-                         divisor,
-                         threads};
+  const CombineCall call(rows, weights, numel, dtype, state, out, accumulate, divisor, threads);
   py::gil_scoped_release nogil;
-  return cpu().combine->combine(args);
+  return cpu().combine->combine(call.args);
 }
 
 static std::vector<int32_t> nonfinite(const Addresses& rows, int64_t n,

@@ -1,4 +1,5 @@
 // flcore._core: build facts, memory probes, and one register function a family.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -70,6 +71,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return std::string(cpu().name); });
   m.def("max_threads", &max_threads);
   m.def("translate_errors", &translate_errors);
+  m.def(
+      "address", [](const py::array& x) { return reinterpret_cast<uintptr_t>(x.data()); },
+      py::arg("x"), "Address of the first element (0.1 us; asking NumPy takes 2 us).");
   m.attr("DTYPES") = py::make_tuple("float64", "float32", "float16", "bfloat16");
   m.attr("BIN_UNIT") = py::make_tuple(BIN_UNIT[0], BIN_UNIT[1], BIN_UNIT[2]);
   m.attr("BIN_LIMIT") = BIN_LIMIT;

@@ -144,17 +144,23 @@ static bool add_row_bins(const void* x, double w, int64_t offset, double* acc, i
 
 // ---- from accumulators to the layer's dtype ----------------------------------------------------
 
-template <class Acc>
+// x * 0 is 0 for finite x, NaN otherwise; four sums hide the latency of the adder
+template <class Acc, class Vec>
 static int finite_flag(const Acc* acc, int64_t m) {
-  Acc sum[8] = {};  // x * 0 is 0 for finite x, NaN otherwise
+  constexpr int64_t WIDTH = int64_t(sizeof(Vec) / sizeof(Acc));
+  Vec sum[4] = {};
   int64_t i = 0;
-  for (; i + 8 <= m; i += 8)
-    for (int k = 0; k < 8; ++k) sum[k] += acc[i + k] * Acc(0);
-  for (; i < m; ++i) sum[0] += acc[i] * Acc(0);
-  for (int k = 0; k < 8; ++k)
-    if (sum[k] != Acc(0)) return COMBINE_NONFINITE;
-  return 0;
+  for (; i + 4 * WIDTH <= m; i += 4 * WIDTH)
+    for (int k = 0; k < 4; ++k) sum[k] += load<Vec>(acc + i + k * WIDTH) * Acc(0);
+  Acc rest = 0;
+  for (; i < m; ++i) rest += acc[i] * Acc(0);
+  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int k = 0; k < WIDTH; ++k) rest += all[k];
+  return rest == 0 ? 0 : COMBINE_NONFINITE;
 }
+
+static int finite_flag(const float* acc, int64_t m) { return finite_flag<float, vf32>(acc, m); }
+static int finite_flag(const double* acc, int64_t m) { return finite_flag<double, vf64>(acc, m); }
 
 template <int D, class Acc>
 static void write_out(const Acc* acc, int64_t m, double divisor, void* out, int64_t offset) {
@@ -254,31 +260,28 @@ static int combine(const CombineArgs& a) {
 
 // ---- which rows hold NaN or infinity -----------------------------------------------------------
 
-template <int D>
-static bool row_nonfinite(const void* x, int64_t offset, int64_t m) {
-  // all exponent bits set, tested on the stored bits so that nothing is rounded on the way
-  bool bad = false;
-  if constexpr (D == F64) {
-    for (int64_t i = 0; i < m; ++i) {
-      uint64_t u;
-      __builtin_memcpy(&u, static_cast<const char*>(x) + 8 * (offset + i), 8);
-      bad |= (u & 0x7ff0000000000000u) == 0x7ff0000000000000u;
-    }
-  } else if constexpr (D == F32) {
-    for (int64_t i = 0; i < m; ++i) {
-      uint32_t u;
-      __builtin_memcpy(&u, static_cast<const char*>(x) + 4 * (offset + i), 4);
-      bad |= (u & 0x7f800000u) == 0x7f800000u;
-    }
-  } else {
-    constexpr uint16_t mask = D == F16 ? 0x7c00u : 0x7f80u;
-    for (int64_t i = 0; i < m; ++i) {
-      uint16_t u;
-      __builtin_memcpy(&u, static_cast<const char*>(x) + 2 * (offset + i), 2);
-      bad |= (u & mask) == mask;
-    }
+// All exponent bits set, tested on the stored bits so that nothing is rounded on the way.
+template <class Bits, class Vec>
+static bool exponent_full(const void* x, int64_t offset, int64_t m, Bits mask) {
+  constexpr int64_t WIDTH = int64_t(sizeof(Vec) / sizeof(Bits));
+  const char* p = static_cast<const char*>(x) + int64_t(sizeof(Bits)) * offset;
+  Vec found = {};
+  int64_t i = 0;
+  for (; i + WIDTH <= m; i += WIDTH)
+    found |= (Vec)((load<Vec>(p + i * int64_t(sizeof(Bits))) & mask) == mask);
+  bool any = false;
+  for (; i < m; ++i) any |= (load<Bits>(p + i * int64_t(sizeof(Bits))) & mask) == mask;
+  for (int k = 0; k < WIDTH; ++k) any |= found[k] != 0;
+  return any;
+}
+
+static bool row_nonfinite(int dtype, const void* x, int64_t offset, int64_t m) {
+  switch (dtype) {
+    case F64: return exponent_full<uint64_t, vu64>(x, offset, m, uint64_t(0x7ff) << 52);
+    case F32: return exponent_full<uint32_t, vu32>(x, offset, m, 0x7f800000u);
+    case F16: return exponent_full<uint16_t, vu16>(x, offset, m, uint16_t(0x7c00));
+    default: return exponent_full<uint16_t, vu16>(x, offset, m, uint16_t(0x7f80));
   }
-  return bad;
 }
 
 static void nonfinite(const FiniteArgs& a) {
@@ -290,10 +293,7 @@ static void nonfinite(const FiniteArgs& a) {
     locate(a.layers, a.numel, index, size, [&](int64_t l, int64_t offset, int64_t m) {
       for (int64_t i = 0; i < a.n; ++i) {
         const void* x = a.rows[i * a.layers + l];
-        const bool bad = a.dtype[l] == F64   ? row_nonfinite<F64>(x, offset, m)
-                         : a.dtype[l] == F32 ? row_nonfinite<F32>(x, offset, m)
-                         : a.dtype[l] == F16 ? row_nonfinite<F16>(x, offset, m)
-                                             : row_nonfinite<BF16>(x, offset, m);
+        const bool bad = row_nonfinite(a.dtype[l], x, offset, m);
         if (bad) __atomic_store_n(&a.flags[i], 1, __ATOMIC_RELAXED);
       }
     });

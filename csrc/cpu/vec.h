@@ -30,6 +30,8 @@ typedef double vf64 __attribute__((vector_size(VEC_BYTES)));
 typedef int32_t vi32 __attribute__((vector_size(VEC_BYTES)));
 typedef uint32_t vu32 __attribute__((vector_size(VEC_BYTES)));
 typedef int64_t vi64 __attribute__((vector_size(VEC_BYTES)));
+typedef uint64_t vu64 __attribute__((vector_size(VEC_BYTES)));
+typedef uint16_t vu16 __attribute__((vector_size(VEC_BYTES)));
 typedef uint16_t vu16h __attribute__((vector_size(VEC_BYTES / 2)));  // LANES values of 16 bits
 typedef float vf32h __attribute__((vector_size(VEC_BYTES / 2)));     // LANES64 float32 values
 

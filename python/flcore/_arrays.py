@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flcore._native import core
 from flcore.errors import DTypeError, InvalidInputError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "is_array",
     "parse_updates",
     "parse_weights",
+    "queue",
     "to_float64",
     "view",
     "writable_view",
@@ -44,9 +46,16 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) or is_torch(x)
 
 
+_dtype_names: dict[Any, str] = {}  # asking NumPy for the name takes 3 us, this 0.05
+
+
 def dtype_name(x: Any) -> str:
     """Name of an array's dtype, the same for NumPy and torch ("float32", "int64", "bool")."""
-    return x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
+    name = _dtype_names.get(x.dtype)
+    if name is None:
+        name = x.dtype.name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
+        _dtype_names[x.dtype] = name
+    return name
 
 
 def device_of(x: Any) -> str:
@@ -67,8 +76,7 @@ def numel(x: Any) -> int:
 # ---- one array ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """One contiguous array as a kernel sees it.
 
     Attributes
@@ -106,12 +114,12 @@ def view(x: Any, name: str = "array") -> View:
         `x` is not an array of a floating dtype that kernels can read.
     """
     if isinstance(x, np.ndarray):
-        dtype = x.dtype.name
+        dtype = dtype_name(x)
         if dtype not in DTYPE_CODES:
             raise DTypeError(f"{name}: expected {FLOATS}, got {dtype}")
         if not (x.flags.c_contiguous and x.dtype.isnative):
             x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
-        return View(x.ctypes.data if x.size else 0, x.size, dtype, "cpu", x)
+        return View(core.address(x) if x.size else 0, x.size, dtype, "cpu", x)
     if not is_torch(x):
         raise DTypeError(
             f"{name}: expected a NumPy array or a torch tensor, got {type(x).__name__}"
@@ -177,6 +185,12 @@ def empty_like(x: Any) -> Any:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def queue(device: str) -> tuple[int, int]:
+    """Return the index of a CUDA device and the address of torch's current stream on it."""
+    stream = sys.modules["torch"].cuda.current_stream(device)
+    return stream.device.index, stream.cuda_stream
+
+
 # ---- the structure of an update ----------------------------------------------------------------
 
 
@@ -212,6 +226,15 @@ class Layout:
         keys = tuple(self.keys[i] for i in positions)
         return Layout(self.kind, keys, tuple(self.specs[i] for i in positions))
 
+    def views(self, arrays: Sequence[Any], name: str) -> list[View]:
+        """View the layers of one update; the labels are made only when one cannot be read."""
+        try:
+            return [view(x) for x in arrays]
+        except DTypeError:
+            for j, x in enumerate(arrays):
+                view(x, self.label(name, j))
+            raise
+
     def build(self, layers: Sequence[Any]) -> Any:
         """Put `layers` into an update of this structure."""
         if self.kind is object:
@@ -233,7 +256,9 @@ class Layout:
         arrays = self._open(update, name)
         for i, (x, spec) in enumerate(zip(arrays, self.specs, strict=True)):
             if isinstance(x, np.ndarray):  # the common case, without building strings
-                if spec[0] == "NumPy array" and x.dtype.name == spec[1] and x.shape == spec[2]:
+                if (
+                    x.shape == spec[2] and dtype_name(x) == spec[1] and spec[0] == "NumPy array"
+                ):
                     continue
             label = self.label(name, i)
             if not is_array(x):

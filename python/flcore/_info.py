@@ -30,6 +30,7 @@ def build_info() -> dict[str, Any]:
         (devices and, when there is none, the reason); ``packages`` (versions, None when absent).
     """
     build = _native.core.build()
+    cuda_devices, cuda_reason = _native.cuda_devices()
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -47,8 +48,8 @@ def build_info() -> dict[str, Any]:
         "sanitize": build["sanitize"],
         "cuda": {
             "built": _native.cuda is not None,
-            "devices": _native.cuda_devices,
-            "reason": _native.cuda_reason,
+            "devices": cuda_devices,
+            "reason": cuda_reason,
         },
         "packages": {name: _version(name) for name in ("torch", "triton", "scikit-learn")},
     }

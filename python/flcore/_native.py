@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -66,9 +67,17 @@ def _load_core() -> ModuleType:
 _share_torch_openmp()
 core: ModuleType = _load_core()
 cuda, cuda_reason = _load("_cuda")
-cuda_devices = 0
-if cuda is not None:
-    cuda_devices, cuda_reason = cuda.device_count()
+
+
+@functools.cache
+def cuda_devices() -> tuple[int, str]:
+    """Return the number of CUDA devices and, when there is none, why.
+
+    Asks the driver at the first call, not at import: that takes a while, and a process that has
+    spoken to the driver cannot fork children that use it.
+    """
+    return (0, cuda_reason) if cuda is None else cuda.device_count()
+
 
 _threads: int | None = None  # None: follow torch, else OpenMP and the cores of this process
 

@@ -126,10 +126,7 @@ def combine_layers(
     normalises again when a client is left out, the plain sum does not.
     """
     keep = set(range(len(rows)))
-    views = [
-        [_arrays.view(x, layout.label(f"updates[{i}]", l)) for l, x in enumerate(row)]
-        for i, row in enumerate(rows)
-    ]
+    views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(rows)]
     device = one_device(views[0])
     targets, writes_through = _targets(views[0], rows[0], out, layout, nonfinite)
     function = _variants.choose("combine", device, variant)
@@ -226,7 +223,7 @@ def _targets(
     """
     if out is not None:
         views = [
-            _arrays.writable_view(x, layout.label("out", l), first[l]) for l, x in enumerate(out)
+            _arrays.writable_view(x, layout.label("out", j), first[j]) for j, x in enumerate(out)
         ]
         if nonfinite == "propagate" and all(v is not None for v in views):
             return [v for v in views if v is not None], True

@@ -1,0 +1,31 @@
+// Launchers of the CUDA kernels, for csrc/bindings/cuda.cpp: no CUDA header, no Python.
+// Each takes the argument struct of the CPU kernel (threads is ignored), the device and the caller's
+// stream (a cudaStream_t as an address; 0 is the legacy default stream). A launcher queues work and
+// returns: it allocates nothing, never waits for the device, and may be captured into a CUDA graph.
+// A refused launch throws std::runtime_error naming the kernel.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "api.h"
+
+namespace flcore {
+namespace cuda {
+
+int device_count(std::string* why);  // 0 with the driver's own words when there is none to use
+
+// Client rows one call of launch_combine takes; a longer list goes through a state, group by group.
+constexpr int64_t COMBINE_MAX_ROWS = 2000;
+
+// flags: one int32 on the device, zeroed by the caller, into which CombineFlags are or-ed; or null.
+// Throws flcore::Error when n > COMBINE_MAX_ROWS.
+void launch_combine(const CombineArgs& args, int32_t* flags, int device, uintptr_t stream);
+
+// args.flags: int32 [n] on the device, zeroed by the caller.
+void launch_nonfinite(const FiniteArgs& args, int device, uintptr_t stream);
+
+void launch_random(const RngArgs& args, bool uniform, int device, uintptr_t stream);
+
+}  // namespace cuda
+}  // namespace flcore

@@ -1,0 +1,113 @@
+"""Writing packets, version 1; :mod:`flcore.reference.wire` reads them and explains."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from flcore.errors import InvalidInputError
+from flcore.reference import wire
+from flcore.reference.wire import TILE
+
+__all__ = ["build", "name_hash", "pack_tensors", "packet_nbytes"]
+
+
+def name_hash(name: str) -> int:
+    """Return the 64-bit FNV-1a of a tensor's name in UTF-8."""
+    value = 0xCBF29CE484222325
+    for byte in name.encode():
+        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return value
+
+
+def pack_tensors(names: list[str], shapes: list[tuple[int, ...]]) -> bytes:
+    """Return the tensor table of layers that follow one another: 64 bytes a layer.
+
+    Raises
+    ------
+    InvalidInputError
+        A shape has more than eight dimensions or a dimension does not fit in 32 bits.
+    """
+    rows, offset = [], 0
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) > 8 or any(dim >= 2**32 for dim in shape):
+            raise InvalidInputError(
+                f"layer {name!r}: a tensor table holds at most 8 dimensions below 2**32, "
+                f"got shape {tuple(shape)}"
+            )
+        numel = int(np.prod(shape, dtype=object)) if shape else 1
+        dims = (*shape, *([0] * (8 - len(shape))))
+        rows.append(wire.TENSOR.pack(name_hash(name), offset, numel, len(shape), *dims))
+        offset += numel
+    return b"".join(rows)
+
+
+def packet_nbytes(numel: int, k: int, index: str, values: str, tensors: int = 0) -> int:
+    """Return the bytes of a packet: `k` of `numel` coordinates, `tensors` rows in its table."""
+    value_bytes = wire.VALUE_BYTES[wire.VALUE_DTYPES[values]]
+    sections = wire.sections(numel, k, index, value_bytes, tensors * wire.TENSOR_BYTES)
+    end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
+    for _, _, length in sections:
+        end = wire.align(end) + length
+    return end
+
+
+def build(
+    indices: np.ndarray,
+    raw_values: np.ndarray,
+    *,
+    numel: int,
+    values: str,
+    index: str,
+    source_dtype: str = "float32",
+    round: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    flags: int = 0,
+    tensors: bytes = b"",
+) -> bytes:
+    """Return a sparse packet.
+
+    Parameters
+    ----------
+    indices : (k,) integers, strictly increasing, below `numel`
+    raw_values : (k,) uint32 or uint16
+        Bit patterns of the values in the dtype that `values` names.
+    flags : int
+        Header flags without FLAG_CHECKSUM, which is always set.
+    tensors : bytes
+        A table of :func:`pack_tensors`, or nothing.
+    """
+    value_code = wire.VALUE_DTYPES[values]
+    value_bytes = wire.VALUE_BYTES[value_code]
+    indices = np.asarray(indices, dtype=np.int64)
+    counts = np.bincount(indices // TILE, minlength=wire.tiles(numel)).astype("<u4")
+    if index == "tile16":
+        coded = (indices % TILE).astype("<u2").tobytes()
+    else:
+        mask = np.zeros(numel, dtype=bool)
+        mask[indices] = True
+        coded = np.packbits(mask, bitorder="little").tobytes()
+    bodies = {
+        wire.COUNTS: counts.tobytes(),
+        wire.INDICES: coded,
+        wire.VALUES: raw_values.astype(f"<u{value_bytes}").tobytes(),
+        wire.TENSORS: tensors,
+    }
+    sections = wire.sections(numel, indices.size, index, value_bytes, len(tensors))
+    end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
+    table, body = struct.pack("<II", len(sections), 0), b""
+    base = end
+    for kind, element, length in sections:
+        start = wire.align(end)
+        body += bytes(start - base - len(body)) + bodies[kind]
+        table += wire.ENTRY.pack(kind, 0, element, start, length)
+        end = start + length
+    payload = table + body
+    fields: tuple = (b"FLCU", 1, 0, wire.HEADER_BYTES, wire.CODECS["sparse"], 0)
+    fields += (flags | wire.FLAG_CHECKSUM, numel, len(payload), round, seed, epoch)
+    fields += (wire.SOURCE_DTYPES[source_dtype], value_code, wire.INDEX_CODINGS[index])
+    fields += (8 * value_bytes, TILE)
+    crc = wire.crc32c(payload, wire.crc32c(wire.HEADER.pack(*fields, 0)))
+    return wire.HEADER.pack(*fields, crc) + payload

@@ -1,0 +1,31 @@
+"""Federated training in one process, on real data and through real packets: `run`.
+
+torch and the other packages of the extra `train` are imported when a run starts, not before.
+"""
+
+from __future__ import annotations
+
+from flcore.simulation.datasets import Dataset, load_dataset
+from flcore.simulation.engine import Observer, Simulation, run
+from flcore.simulation.errors import CheckpointError, DivergedError
+from flcore.simulation.history import History, RoundRecord
+from flcore.simulation.models import MODELS, build_model
+from flcore.simulation.partition import dirichlet_partition, iid_partition
+from flcore.simulation.settings import Settings
+
+__all__ = [
+    "MODELS",
+    "CheckpointError",
+    "Dataset",
+    "DivergedError",
+    "History",
+    "Observer",
+    "RoundRecord",
+    "Settings",
+    "Simulation",
+    "build_model",
+    "dirichlet_partition",
+    "iid_partition",
+    "load_dataset",
+    "run",
+]

@@ -1,0 +1,136 @@
+"""Settings of a run: everything that is neither the algorithm, the model nor the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from flcore.compression import EControl, TopK
+from flcore.errors import InvalidInputError
+
+__all__ = ["Settings"]
+
+ACCUMULATE = ("float32", "float64", "reproducible")
+CONTROL_STEPS = ("paper", "saga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run is set up; the defaults are those of ``flcore train``.
+
+    Parameters
+    ----------
+    rounds : int
+        Communication rounds.
+    clients : int
+        Number of clients N the training data is dealt to.
+    participation : int or float
+        Clients in each round, drawn without replacement: an int counts them, a float in (0, 1]
+        is a fraction of all.
+    alpha : float or None
+        Dirichlet concentration of the classes at a client; None: an IID split.
+    seed : int
+        Every random number of the run derives from it.
+    codec : codec of `flcore.compression`, or None
+        How a client's update is compressed for the uplink; None sends float32 values.
+    feedback : error control of `flcore.compression`, or None
+        What a client does about the part the codec left out.  With `EControl` the server keeps
+        the control vector H, to which absent clients contribute unchanged.
+    control_step : {"paper", "saga"}
+        Direction of the server under `EControl`, with D_i the decoded messages, N clients in all
+        and S of them present:
+
+        - ``"paper"``: H after the update, ``H <- H + 1/N sum D_i``.  A client's news enters at
+          S/N, the mean also holds what absent clients said last.
+        - ``"saga"``: H before it plus ``1/S sum D_i``.  News enters in full: faster at low
+          participation, and noisier.
+    accumulate : {"float32", "float64", "reproducible"}
+        Arithmetic of the sum over clients, see `flcore.aggregation.Accumulator`.
+    threads : int
+        Threads of torch and flcore.  One is fastest for networks as small as the MLP.
+    checkpoint_every : int
+        Rounds between checkpoints of a run that has an output folder.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming the setting, what was expected and what came.
+    """
+
+    rounds: int = 80
+    clients: int = 50
+    participation: int | float = 5
+    alpha: float | None = 0.05
+    seed: int = 0
+    codec: Any = field(default_factory=lambda: TopK(ratio=0.1))
+    feedback: Any = field(default_factory=EControl)
+    control_step: str = "paper"
+    accumulate: str = "float32"
+    threads: int = 1
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients", "threads", "checkpoint_every"):
+            _whole(name, getattr(self, name), least=1)
+        _whole("seed", self.seed, least=0)
+        self._check_participation()
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InvalidInputError(
+                f"alpha: expected a positive number, or None for an IID split, got {self.alpha!r}"
+            )
+        if self.feedback is not None and self.codec is None:
+            raise InvalidInputError(
+                f"feedback: {type(self.feedback).__name__} corrects what a codec leaves out, and "
+                "no codec was given; choose a codec, or no error control"
+            )
+        _one_of("control_step", self.control_step, CONTROL_STEPS)
+        _one_of("accumulate", self.accumulate, ACCUMULATE)
+        if self.control_step != "paper" and not self.controls_server:
+            raise InvalidInputError(
+                f"control_step: {self.control_step!r} is for EControl; it needs feedback=EControl()"
+            )
+
+    @property
+    def participants(self) -> int:
+        """Number of clients in each round."""
+        if isinstance(self.participation, float):
+            return max(1, round(self.participation * self.clients))
+        return self.participation
+
+    @property
+    def controls_server(self) -> bool:
+        """Whether messages are changes of a control vector that the server keeps."""
+        return isinstance(self.feedback, EControl)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as plain values, for configuration files."""
+        plain = dict(vars(self))
+        for name in ("codec", "feedback"):
+            if plain[name] is not None:
+                plain[name] = plain[name].to_dict()
+        return plain
+
+    def _check_participation(self) -> None:
+        value = self.participation
+        if isinstance(value, float):
+            if not 0.0 < value <= 1.0:
+                raise InvalidInputError(
+                    f"participation: expected a fraction above 0 and up to 1, got {value!r}"
+                )
+        else:
+            _whole("participation", value, least=1)
+            if value > self.clients:
+                raise InvalidInputError(
+                    f"participation: {value} clients a round, but there are only {self.clients}"
+                )
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(f"{name}: expected a whole number from {least}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidInputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,150 @@
+"""The way of an update from a client to the server, through the bytes that would be sent.
+
+Both ends of the link live in one object here, and nothing but `bytes` passes between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from flcore.algorithms.base import Parameters
+from flcore.compression import Encoder, Limits, Packet, PacketError
+from flcore.simulation.settings import Settings
+
+__all__ = ["DenseUplink", "PacketUplink", "Uplink", "dense_bytes", "make_uplink"]
+
+State = dict[int, dict[str, Any]]
+"""What clients keep between rounds: client -> name -> array or plain value."""
+
+
+class Uplink(Protocol):
+    """Turns an update into bytes at the client, and into something to sum at the server."""
+
+    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+        """Give the message of `client`, updating what the client keeps."""
+
+    def unpack(self, client: int, message: bytes, round: int) -> Packet | Parameters:
+        """Give what `Accumulator.add` takes; raises `PacketError` if the message is not right."""
+
+    def state_dict(self) -> State:
+        """Give what clients keep between rounds."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Set what clients keep between rounds."""
+
+
+def make_uplink(settings: Settings, like: Parameters) -> Uplink:
+    """Give the uplink that the settings ask for, for models shaped `like` this one."""
+    if settings.codec is None:
+        return DenseUplink(like)
+    return PacketUplink(settings, like)
+
+
+def dense_bytes(model: Parameters) -> bytes:
+    """Give a model or an update as plain little-endian float32 values, one array after another."""
+    return b"".join(value.astype("<f4", copy=False).tobytes() for value in model.values())
+
+
+class DenseUplink:
+    """Float32 values without a header: 4 bytes a parameter, nothing kept between rounds.
+
+    Parameters
+    ----------
+    like : dict of arrays
+        Names and shapes of an update.
+    """
+
+    def __init__(self, like: Parameters) -> None:
+        self._shapes = {name: value.shape for name, value in like.items()}
+        self._numel = sum(value.size for value in like.values())
+
+    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+        """Give the values."""
+        return dense_bytes(update)
+
+    def unpack(self, client: int, message: bytes, round: int) -> Parameters:
+        """Give views into the message, by name."""
+        if len(message) != 4 * self._numel:
+            raise PacketError(
+                f"message of client {client}: expected {4 * self._numel} bytes, got {len(message)}"
+            )
+        values, update, first = np.frombuffer(message, dtype="<f4"), {}, 0
+        for name, shape in self._shapes.items():
+            size = int(np.prod(shape, dtype=np.int64))
+            update[name] = values[first : first + size].reshape(shape)
+            first += size
+        return update
+
+    def state_dict(self) -> State:
+        """Give nothing: a dense uplink has no memory."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take nothing."""
+
+
+class PacketUplink:
+    """Compressed packets, made by one encoder for each client that has taken part.
+
+    An encoder with error control holds up to two vectors as long as the model, so the memory is
+    8 bytes times parameters times clients seen.  The server counts the packets it took from each
+    client; the epoch in a packet must say the same, or the client and the server no longer agree
+    about the state of the error control.
+
+    Parameters
+    ----------
+    settings : Settings
+        Its `codec`, `feedback` and `seed`.
+    like : dict of arrays
+        Names and shapes of an update.
+    """
+
+    def __init__(self, settings: Settings, like: Parameters) -> None:
+        self._settings = settings
+        self._like = like
+        self._numel = sum(value.size for value in like.values())
+        self._limits = Limits(max_numel=self._numel)
+        self._encoders: dict[int, Encoder] = {}
+        self._taken: dict[int, int] = {}
+
+    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+        """Compress, and carry what was left out to the client's next round."""
+        encoder = self._encoder(client)
+        return bytes(encoder.encode(update, round=round, seed=self._settings.seed))
+
+    def unpack(self, client: int, message: bytes, round: int) -> Packet:
+        """Check the packet and give it, still compressed."""
+        packet = Packet.from_bytes(message, limits=self._limits)
+        for what, got, expected in (
+            ("values", packet.header.numel, self._numel),
+            ("round", packet.header.round, round),
+            ("epoch", packet.header.epoch, self._taken.get(client, 0)),
+            ("increment flag", packet.header.increment, self._settings.controls_server),
+        ):
+            if got != expected:
+                raise PacketError(
+                    f"packet of client {client}: {what}: expected {expected}, got {got}"
+                )
+        self._taken[client] = packet.header.epoch + 1
+        return packet
+
+    def state_dict(self) -> State:
+        """Give the state of every encoder."""
+        return {client: encoder.state_dict() for client, encoder in self._encoders.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Set the encoders, dropping those that `state` has not."""
+        self._encoders, self._taken = {}, {}
+        for client, values in state.items():
+            encoder = self._encoder(client)
+            encoder.load_state_dict(values)
+            self._taken[client] = encoder.epoch
+
+    def _encoder(self, client: int) -> Encoder:
+        if client not in self._encoders:
+            self._encoders[client] = Encoder(
+                self._settings.codec, self._settings.feedback, like=self._like
+            )
+        return self._encoders[client]

@@ -1,0 +1,407 @@
+"""The simulation engine: what it learns, what it counts, how it stops, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flcore.algorithms import FedAvg
+from flcore.compression import EF14, EControl, TopK
+from flcore.errors import InvalidInputError, MissingDependencyError, PacketError
+from flcore.simulation import (
+    CheckpointError,
+    Dataset,
+    DivergedError,
+    Observer,
+    Settings,
+    Simulation,
+    load_dataset,
+    run,
+)
+from flcore.simulation.history import History
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+SHORT = FedAvg(local_epochs=1)
+UPLINKS = {
+    "dense": {"codec": None, "feedback": None},
+    "topk": {"codec": TopK(ratio=0.1), "feedback": None},
+    "ef14": {"codec": TopK(ratio=0.1), "feedback": EF14()},
+    "econtrol": {"codec": TopK(ratio=0.1), "feedback": EControl()},
+    "saga": {"codec": TopK(ratio=0.1), "feedback": EControl(), "control_step": "saga"},
+}
+
+
+class StopAfter(Observer):
+    """Stops a run after a number of rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def round_done(self, record) -> None:
+        self.rounds -= 1
+
+    def should_stop(self) -> bool:
+        return self.rounds <= 0
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def untimed(history: History) -> list[dict]:
+    """All metrics but the times."""
+    records = [json.loads(record.to_json()) for record in history]
+    for record in records:
+        del record["seconds"]
+    return records
+
+
+def assert_same_model(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+# ---- learning ----
+
+
+def test_the_default_run_passes_ninety_percent(digits):
+    history = run("fedavg", "mlp", digits, Settings(seed=1))
+    assert history.complete and len(history) == 80
+    assert history.accuracy > 0.94
+    assert history.mean_accuracy(last=10) > 0.94
+    assert 8 < history.rounds_to(0.9) < 40
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+def test_every_uplink_learns(uplink, digits):
+    settings = Settings(rounds=30, alpha=None, **UPLINKS[uplink])
+    assert run(FedAvg(local_epochs=4), "mlp", digits, settings).accuracy > 0.85
+
+
+@pytest.mark.parametrize("step", ["paper", "saga"])
+def test_econtrol_that_sends_everything_is_fedavg_when_all_take_part(step, digits):
+    everyone = {"rounds": 3, "clients": 10, "participation": 1.0}
+    settings = Settings(codec=TopK(ratio=1.0), control_step=step, **everyone)
+    controlled = run(SHORT, "mlp", digits, settings)
+    plain = run(SHORT, "mlp", digits, Settings(codec=None, feedback=None, **everyone))
+    for name in plain.model:
+        np.testing.assert_allclose(controlled.model[name], plain.model[name], atol=2e-6)
+
+
+def test_server_control_is_the_mean_of_what_all_clients_hold(digits):
+    # absent clients count with what they said last, clients never seen with zero
+    simulation = Simulation(SHORT, "mlp", digits, Settings(clients=8, participation=3))
+    for _ in range(5):
+        before = simulation.server.model
+        simulation.step()
+    states = simulation.uplink.state_dict()
+    assert 3 < len(states) <= 8
+    mean = sum(state["h"].astype(np.float64) for state in states.values()) / 8
+    control = np.concatenate([value.ravel() for value in simulation.server.control.values()])
+    np.testing.assert_allclose(control, mean, atol=1e-6)
+    for name, value in simulation.server.model.items():  # and the model moves along it
+        np.testing.assert_array_equal(value, before[name] + simulation.server.control[name])
+
+
+def test_convolutions_learn_on_images(tmp_path):
+    # two kinds of image, a bright and a dark half, with noise
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 260)
+    images = rng.integers(0, 100, (260, 8, 8, 3))
+    images[labels == 1, :4] += 100
+    file = tmp_path / "halves.npz"
+    np.savez(
+        file,
+        x_train=images[:200].astype(np.uint8),
+        y_train=labels[:200],
+        x_test=images[200:].astype(np.uint8),
+        y_test=labels[200:],
+        classes=np.array(["dark", "bright"]),
+    )
+    data = load_dataset(file)
+    assert data.example_shape == (3, 8, 8) and data.classes == ("dark", "bright")
+    np.testing.assert_allclose(data.x_train.mean(axis=(0, 2, 3)), 0, atol=1e-4)
+    settings = Settings(rounds=5, clients=4, participation=2, alpha=1.0)
+    assert run(FedAvg(local_epochs=2), "cnn", file, settings).accuracy > 0.9
+
+
+def test_a_model_and_a_partition_of_ones_own(digits):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.1), torch.nn.Linear(64, 10))
+    partition = np.array_split(np.arange(1000), [100, 400])
+    settings = Settings(rounds=4, clients=3, participation=3)
+    history = run(FedAvg(), model, digits, settings, partition=partition)
+    assert history.accuracy > 0.8
+    assert history.config["model"] == {"name": "Sequential", "parameters": 650}
+    assert history.config["dataset"]["examples_per_client"] == [100, 600]
+
+
+# ---- counting ----
+
+
+def test_bytes_are_those_of_the_messages(digits):
+    sent = []
+
+    class Spy(Simulation):
+        def _received(self, messages, round):
+            sent.extend(len(message) for _, message in messages)
+            return super()._received(messages, round)
+
+    simulation = Spy(SHORT, "mlp", digits, Settings(clients=10, participation=4))
+    record = simulation.step()
+    assert len(sent) == 4 and record.bytes_up == sum(sent)
+    # 481 values of 4 bytes and one bit for each of 4,810 coordinates, and headers
+    assert 4 * (481 * 4 + 4810 // 8) < record.bytes_up < 4 * (481 * 4 + 4810 // 8 + 300)
+    assert record.bytes_down == 4 * 4 * 4810
+    assert len(record.clients) == len(set(record.clients)) == 4
+
+
+def test_an_uncompressed_message_has_four_bytes_a_parameter(digits):
+    settings = Settings(rounds=2, clients=10, participation=4, **UPLINKS["dense"])
+    history = run(SHORT, "mlp", digits, settings)
+    assert history.bytes_up == history.bytes_down == 2 * 4 * 4 * 4810
+
+
+def test_a_packet_of_another_round_or_state_is_refused(digits):
+    simulation = Simulation(SHORT, "mlp", digits, Settings(clients=4, participation=2))
+    update = {name: np.ones_like(value) for name, value in simulation.server.model.items()}
+    message = simulation.uplink.pack(0, update, 0)
+    with pytest.raises(PacketError, match="client 0: round: expected 1, got 0"):
+        simulation.uplink.unpack(0, message, 1)
+    simulation.uplink.unpack(0, message, 0)
+    with pytest.raises(PacketError, match="client 0: epoch: expected 1, got 0"):
+        simulation.uplink.unpack(0, message, 0)  # the same packet a second time
+    with pytest.raises(PacketError):
+        simulation.uplink.unpack(0, message[:-1], 0)
+
+
+@pytest.mark.parametrize(("participation", "count"), [(5, 5), (1, 1), (0.1, 5), (1.0, 50)])
+def test_participation_is_a_count_or_a_share(participation, count):
+    assert Settings(participation=participation).participants == count
+
+
+def test_accumulating_otherwise_changes_little(digits):
+    models = [
+        run(SHORT, "mlp", digits, Settings(rounds=2, accumulate=dtype)).model
+        for dtype in ("float32", "float64", "reproducible")
+    ]
+    for model in models[1:]:
+        for name in model:
+            np.testing.assert_allclose(model[name], models[0][name], atol=1e-5)
+
+
+# ---- the same again ----
+
+
+def test_the_same_seed_gives_the_same_bits(digits):
+    a, b, c = (run(SHORT, "mlp", digits, Settings(rounds=3, seed=s)) for s in (4, 4, 5))
+    assert_same_model(a.model, b.model)
+    assert untimed(a) == untimed(b) != untimed(c)
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+def test_a_stopped_run_goes_on_bit_for_bit(uplink, digits, tmp_path):
+    settings = Settings(rounds=6, clients=12, participation=3, **UPLINKS[uplink])
+    straight = run(SHORT, "mlp", digits, settings, output=tmp_path / "a")
+    stopped = run(SHORT, "mlp", digits, settings, output=tmp_path / "b", observer=StopAfter(3))
+    assert len(stopped) == 3 and not stopped.complete
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    resumed = run(SHORT, "mlp", digits, settings, output=tmp_path / "b", resume=True)
+    assert untimed(resumed) == untimed(straight)
+    assert_same_model(resumed.model, straight.model)
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        assert (tmp_path / "a" / name).stat().st_size == (tmp_path / "b" / name).stat().st_size
+    model = [(tmp_path / run / "model.safetensors").read_bytes() for run in "ab"]
+    assert model[0] == model[1]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(digits, tmp_path):
+    settings = Settings(rounds=5, checkpoint_every=2)
+
+    class Killed(StopAfter):
+        def should_stop(self) -> bool:
+            if self.rounds <= 0:
+                raise KeyboardInterrupt
+            return False
+
+    with pytest.raises(KeyboardInterrupt):  # in round 4, which leaves no trace
+        run(SHORT, "mlp", digits, settings, output=tmp_path / "b", observer=Killed(4))
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 3
+    metrics.write_text(metrics.read_text() + '{"round": 4, "accu')  # torn off while writing
+    resumed = run(SHORT, "mlp", digits, settings, output=tmp_path / "b", resume=True)
+    straight = run(SHORT, "mlp", digits, settings)
+    assert untimed(resumed) == untimed(straight)
+    assert_same_model(resumed.model, straight.model)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_complete_run_can_be_made_longer(digits, tmp_path):
+    short, long = Settings(rounds=2), Settings(rounds=4)
+    run(SHORT, "mlp", digits, short, output=tmp_path)
+    longer = run(SHORT, "mlp", digits, long, output=tmp_path, resume=True)
+    assert untimed(longer) == untimed(run(SHORT, "mlp", digits, long))
+    with pytest.raises(CheckpointError, match="holds 4 rounds already, more than the 2 asked for"):
+        run(SHORT, "mlp", digits, short, output=tmp_path, resume=True)
+
+
+def test_resuming_what_never_reached_a_checkpoint_starts_anew(digits, tmp_path):
+    settings = Settings(rounds=2)
+    run(SHORT, "mlp", digits, settings, output=tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    assert len(run(SHORT, "mlp", digits, settings, output=tmp_path, resume=True)) == 2
+
+
+def test_threads_and_random_state_are_left_as_they_were(digits):
+    torch.manual_seed(3)
+    expected, threads = torch.rand(1).item(), torch.get_num_threads()
+    torch.manual_seed(3)
+    run(SHORT, "mlp", digits, Settings(rounds=1, threads=1))
+    assert torch.rand(1).item() == expected
+    assert torch.get_num_threads() == threads
+
+
+# ---- refusals ----
+
+
+def test_an_occupied_folder_needs_resume(digits, tmp_path):
+    run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+    with pytest.raises(CheckpointError, match="already holds a run; resume it, or choose another"):
+        run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+
+
+def test_files_of_unknown_origin_are_left_alone(digits, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"holds metrics\.jsonl but no config\.json"):
+        run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_different_run_is_not_resumed(digits, tmp_path):
+    run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(CheckpointError) as caught:
+        run(SHORT, "mlp", digits, Settings(rounds=2, seed=9), output=tmp_path, resume=True)
+    assert "settings.seed: 0 there, 9 now" in str(caught.value)
+    assert "rounds" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"algorithm\.local_lr: 0\.1 there, 0\.2 now"):
+        other = FedAvg(local_epochs=1, local_lr=0.2)
+        run(other, "mlp", digits, Settings(rounds=2), output=tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_broken_checkpoint_is_reported(digits, tmp_path):
+    run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(SHORT, "mlp", digits, Settings(rounds=2), output=tmp_path, resume=True)
+
+
+def test_resume_needs_a_folder(digits):
+    with pytest.raises(CheckpointError, match="give the folder"):
+        run(SHORT, "mlp", digits, Settings(rounds=1), resume=True)
+
+
+def test_divergence_names_the_client_and_the_round(digits):
+    wild = FedAvg(local_epochs=1, local_lr=1e20, clip=None)
+    with pytest.raises(DivergedError, match=r"round 1 is not finite; lower the local") as caught:
+        run(wild, "mlp", digits, Settings(rounds=3))
+    assert caught.value.round == 1 and caught.value.client in range(50)
+
+
+def test_divergence_of_the_server_is_found(digits):
+    wild = FedAvg(local_epochs=1, server_lr=1e38)
+    with pytest.raises(DivergedError, match="diverged"):
+        run(wild, "mlp", digits, Settings(rounds=5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"participation": 0}, "participation: expected a whole number from 1, got 0"),
+        ({"participation": 51}, "participation: 51 clients a round, but there are only 50"),
+        ({"participation": 0.0}, "participation: expected a fraction above 0"),
+        ({"participation": 1.5}, "participation: expected a fraction above 0"),
+        ({"rounds": 0}, "rounds: expected a whole number from 1"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"alpha": 0.0}, "alpha: expected a positive number"),
+        ({"codec": None}, "feedback: EControl corrects what a codec leaves out"),
+        ({"accumulate": "float16"}, "accumulate: expected one of float32, float64, reproducible"),
+        ({"feedback": EF14(), "control_step": "saga"}, "control_step: 'saga' is for EControl"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(InvalidInputError, match=message):
+        Settings(**settings)
+
+
+def test_a_client_without_data_is_named(digits):
+    with pytest.raises(InvalidInputError, match="1500 clients share 1437 training examples"):
+        run(SHORT, "mlp", digits, Settings(clients=1500))
+    with pytest.raises(InvalidInputError, match="client 1 has no data"):
+        partition = [np.arange(3), np.arange(0)]
+        run(SHORT, "mlp", digits, Settings(clients=2, participation=1), partition=partition)
+    with pytest.raises(InvalidInputError, match="expected 50 clients as in the settings, got 1"):
+        run(SHORT, "mlp", digits, Settings(), partition=[np.arange(3)])
+
+
+def test_unusable_models_are_refused(digits):
+    settings = Settings(rounds=1)
+    with pytest.raises(InvalidInputError, match="no 'vgg'; choose one of: mlp, cnn"):
+        run(SHORT, "vgg", digits, settings)
+    with pytest.raises(InvalidInputError, match="running statistic"):
+        norm = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten())
+        run(SHORT, norm, digits, settings)
+    with pytest.raises(InvalidInputError, match="no trainable parameter"):
+        run(SHORT, torch.nn.Flatten(), digits, settings)
+    with pytest.raises(InvalidInputError, match="must be float32 on the CPU"):
+        run(SHORT, torch.nn.Linear(64, 10).double(), digits, settings)
+
+
+def test_unusable_data_is_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="there is no 'mnist2'"):
+        load_dataset("mnist2")
+    with pytest.raises(InvalidInputError, match="there is no file"):
+        load_dataset(tmp_path / "absent.npz")
+    file = tmp_path / "data.npz"
+    file.write_text("not an archive")
+    with pytest.raises(InvalidInputError, match=r"not a readable \.npz file"):
+        load_dataset(file)
+    x, y = np.zeros((4, 3), np.float32), np.arange(4)
+    np.savez(file, x_train=x, y_train=y)
+    with pytest.raises(InvalidInputError, match="has no x_test, y_test; it has x_train, y_train"):
+        load_dataset(file)
+    np.savez(file, x_train=x, y_train=y[:3], x_test=x, y_test=y)
+    with pytest.raises(InvalidInputError, match="x_train: expected as many examples"):
+        load_dataset(file)
+    np.savez(file, x_train=x * np.nan, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(InvalidInputError, match="x_train: contains NaN"):
+        load_dataset(file)
+    np.savez(file, x_train=x, y_train=y - 1, x_test=x, y_test=y)
+    with pytest.raises(InvalidInputError, match="y_train: expected a 1-D array of class numbers"):
+        load_dataset(file)
+
+
+def test_hugging_face_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match="pip install datasets"):
+        load_dataset("cifar10")
+
+
+def test_importing_the_package_imports_no_heavy_library():
+    heavy = "torch sklearn matplotlib rich typer safetensors datasets"
+    code = (
+        "import sys, flcore.simulation, flcore.algorithms\n"
+        f"sys.exit(' '.join(m for m in '{heavy}'.split() if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
