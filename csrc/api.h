@@ -42,6 +42,7 @@ struct CombineArgs {
   int accumulate;             // Accumulate
   double divisor;
   int threads;
+  bool check;                 // look for non-finite sums; a CUDA launcher is told by its flag pointer
 };
 
 // flags[i] = 1 when row i holds a NaN or an infinity, else 0

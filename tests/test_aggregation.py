@@ -143,7 +143,10 @@ def test_integer_layers_follow_a_policy(policy, want):
 
 
 def test_boolean_and_small_integer_layers_keep_their_dtype():
-    updates = [[np.array([True, False]), np.uint8([200, 0])], [np.array([True, True]), np.uint8([250, 1])]]
+    updates = [
+        [np.array([True, False]), np.uint8([200, 0])],
+        [np.array([True, True]), np.uint8([250, 1])],
+    ]
     masks, counts = Mean(integers="max")(updates)
     assert masks.dtype == bool and masks.all()
     assert counts.dtype == np.uint8 and list(counts) == [250, 1]

@@ -39,7 +39,16 @@ def test_modules_link_neither_torch_nor_the_driver(module):
         pytest.skip(_native.cuda_reason)
     printed = subprocess.run(["ldd", loaded.__file__], capture_output=True, text=True).stdout
     names = set(re.findall(r"^\s*(lib[\w+-]+)", printed, flags=re.M))
-    assert names <= {"libgomp", "libstdc++", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt"}
+    assert names <= {
+        "libgomp",
+        "libstdc++",
+        "libgcc_s",
+        "libc",
+        "libm",
+        "libpthread",
+        "libdl",
+        "librt",
+    }
 
 
 def test_cuda_module_loads_without_a_driver():

@@ -65,7 +65,9 @@ def test_variant_matches_float64_definition(variant, dtype, accumulate, rng):
             want = exact(rows, weights)
             scale = sum(np.abs(w * r.astype(np.float64)) for w, r in zip(weights, rows))
             # n roundings of the accumulator and of the weights, one of the result
-            sum_eps = EPS["float32" if accumulate == "float32" and dtype != "float64" else "float64"]
+            sum_eps = EPS[
+                "float32" if accumulate == "float32" and dtype != "float64" else "float64"
+            ]
             bound = EPS[dtype] / 2 * np.abs(want) + (n + 2) * sum_eps * scale + 2.0**-70
             if dtype == "float16":
                 bound = bound + 2.0**-25  # half a step among the subnormal numbers
@@ -253,7 +255,9 @@ def test_non_finite_policies(variant, dtype, value, rng):
     left = run(variant, rows, weights, nonfinite="exclude")
     np.testing.assert_array_equal(left, run(variant, rows, [1.0, 2.0, 0.0, 0.5]))
     through = run(variant, rows, weights, nonfinite="propagate").astype(np.float64)
-    assert not np.isfinite(through[[3, 39]]).any() and np.isfinite(np.delete(through, [3, 39])).all()
+    assert (
+        not np.isfinite(through[[3, 39]]).any() and np.isfinite(np.delete(through, [3, 39])).all()
+    )
 
 
 @pytest.mark.parametrize("variant", CPU_VARIANTS)

@@ -63,9 +63,7 @@ def test_variant_has_the_bits_of_the_reference(variant, dtype):
         for size in sizes:
             for offset in OFFSETS:
                 guarded = Guarded(size, np.dtype(dtype), offset=1)
-                out = FORMS[dtype](
-                    size, **name, offset=offset, out=guarded.array, variant=variant
-                )
+                out = FORMS[dtype](size, **name, offset=offset, out=guarded.array, variant=variant)
                 want = FORMS[dtype](size, **name, offset=offset, variant="reference")
                 assert out is guarded.array
                 assert out.tobytes() == want.tobytes(), (name, size, offset)
@@ -77,8 +75,7 @@ def test_pieces_of_a_stream_are_the_stream(variant):
     whole = random_bits(1000, 11, round=1, variant=variant)
     cuts = [0, 1, 4, 7, 130, 131, 600, 1000]  # within blocks, on their borders, vectors apart
     pieces = [
-        random_bits(b - a, 11, round=1, offset=a, variant=variant)
-        for a, b in zip(cuts, cuts[1:])
+        random_bits(b - a, 11, round=1, offset=a, variant=variant) for a, b in zip(cuts, cuts[1:])
     ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
 

@@ -16,7 +16,9 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_and_numpy_give_the_same_bits(dtype):
-    rows = [torch.randn(3000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(5)]
+    rows = [
+        torch.randn(3000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(5)
+    ]
     weights = torch.linspace(0.1, 1.0, 5)
     got = combine(rows, weights)
     assert got.dtype == dtype and got.shape == rows[0].shape
@@ -62,7 +64,8 @@ def test_accumulator_on_tensors():
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.ones(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(3, dtype=torch.int8)]
+    "bad",
+    [torch.ones(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(3, dtype=torch.int8)],
 )
 def test_tensors_that_cannot_be_read_are_named(bad):
     with pytest.raises(DTypeError, match=r"updates\[0\]"):
@@ -100,7 +103,10 @@ def test_compiles_as_one_graph():
         return graph.forward
 
     function = torch.compile(
-        lambda a, b: combine([a, b], [0.25, 0.75]) * 2, fullgraph=True, backend=backend, dynamic=True
+        lambda a, b: combine([a, b], [0.25, 0.75]) * 2,
+        fullgraph=True,
+        backend=backend,
+        dynamic=True,
     )
     for size in (5, 6):
         a, b = torch.randn(size), torch.randn(size)

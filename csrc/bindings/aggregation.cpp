@@ -13,8 +13,9 @@ namespace flcore {
 static int combine(const Addresses& rows, const std::vector<double>& weights,
                    const std::vector<int64_t>& numel, const std::vector<int>& dtype,
                    const Addresses& state, const Addresses& out, int accumulate, double divisor,
-                   int threads) {
-  const CombineCall call(rows, weights, numel, dtype, state, out, accumulate, divisor, threads);
+                   int threads, bool check) {
+  const CombineCall call(rows, weights, numel, dtype, state, out, accumulate, divisor, threads,
+                         check);
   py::gil_scoped_release nogil;
   return cpu().combine->combine(call.args);
 }
@@ -37,7 +38,7 @@ void bind_aggregation(py::module_& m) {
   m.attr("COMBINE_OUT_OF_RANGE") = int(COMBINE_OUT_OF_RANGE);
   m.def("combine", &combine, py::arg("rows"), py::arg("weights"), py::arg("numel"),
         py::arg("dtype"), py::arg("state"), py::arg("out"), py::arg("accumulate"),
-        py::arg("divisor"), py::arg("threads"),
+        py::arg("divisor"), py::arg("threads"), py::arg("check") = true,
         "Weighted sum of client rows (csrc/cpu/combine.isa.cpp); returns CombineFlags.");
   m.def("nonfinite", &nonfinite, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
         py::arg("threads"), "1 for each row that holds a NaN or an infinity, else 0.");

@@ -30,7 +30,8 @@ struct CombineCall {
 
   CombineCall(const Addresses& x, const std::vector<double>& weights,
               const std::vector<int64_t>& numel, const std::vector<int>& dtype, const Addresses& s,
-              const Addresses& o, int accumulate, double divisor, int threads)
+              const Addresses& o, int accumulate, double divisor, int threads,
+              bool check = true)
       : rows(pointers<const void>(x)), state(pointers<>(s)), out(pointers<>(o)) {
     const int64_t n = int64_t(weights.size());
     check_table(x, n, numel, dtype);
@@ -48,7 +49,8 @@ struct CombineCall {
             o.empty() ? nullptr : out.data(),
             accumulate,
             divisor,
-            threads};
+            threads,
+            check};
   }
   CombineCall(const CombineCall&) = delete;
   CombineCall& operator=(const CombineCall&) = delete;

@@ -199,6 +199,14 @@ def _describe(x: Any) -> tuple[str, str, tuple[int, ...], str]:
     return library, dtype_name(x), tuple(x.shape), device_of(x)
 
 
+def _alike(arrays: Sequence[Any]) -> bool:
+    """Whether type, dtype, shape and device agree; 0.2 us an array, where the words take 3."""
+    first = arrays[0]
+    kind, dtype, shape = type(first), first.dtype, first.shape
+    same = all(type(x) is kind and x.dtype == dtype and x.shape == shape for x in arrays)
+    return same and (kind is np.ndarray or all(x.device == first.device for x in arrays))
+
+
 @dataclass(frozen=True)
 class Layout:
     """What an update looks like: an array, or a list, tuple or dict of arrays (the layers).
@@ -256,9 +264,7 @@ class Layout:
         arrays = self._open(update, name)
         for i, (x, spec) in enumerate(zip(arrays, self.specs, strict=True)):
             if isinstance(x, np.ndarray):  # the common case, without building strings
-                if (
-                    x.shape == spec[2] and dtype_name(x) == spec[1] and spec[0] == "NumPy array"
-                ):
+                if x.shape == spec[2] and dtype_name(x) == spec[1] and spec[0] == "NumPy array":
                     continue
             label = self.label(name, i)
             if not is_array(x):
@@ -328,8 +334,7 @@ def flatten(update: Any, name: str = "update") -> tuple[Layout, list[Any]]:
     for key, x in zip(keys, arrays, strict=True):
         if not is_array(x):
             raise DTypeError(
-                f"{name}[{key!r}]: expected a NumPy array or a torch tensor, "
-                f"got {type(x).__name__}"
+                f"{name}[{key!r}]: expected a NumPy array or a torch tensor, got {type(x).__name__}"
             )
     return Layout(kind, keys, tuple(_describe(x) for x in arrays)), arrays
 
@@ -363,6 +368,8 @@ def parse_updates(updates: Any, name: str = "updates") -> tuple[Layout, list[lis
     if not updates:
         raise InvalidInputError(f"{name}: expected at least one update, got an empty list")
     layout, first = flatten(updates[0], f"{name}[0]")
+    if layout.kind is object and all(map(is_array, updates)) and _alike(updates):
+        return layout, [[x] for x in updates]
     rest = (layout.layers(u, f"{name}[{i}]") for i, u in enumerate(updates[1:], start=1))
     return layout, [first, *rest]
 

@@ -58,7 +58,7 @@ static void sums(int dtype, int accumulate, int64_t n, std::vector<int64_t> nume
   }
   const std::vector<double> weights(size_t(n), 0.5);
   CombineArgs args{n,          layers,  numel.data(), dtypes.data(), rows.data(), weights.data(),
-                   nullptr,    out.data(), accumulate, 1.0,          2};
+                   nullptr,    out.data(), accumulate, 1.0,          2, true};
   EXPECT(cpu().combine->combine(args) == 0, "dtype %d accumulate %d", dtype, accumulate);
   args.state = state.data();
   args.out = nullptr;

@@ -274,6 +274,7 @@ def _combine_cpu(
         ACCUMULATE.index(accumulate),
         divisor,
         _native.threads_for(sum(numel) * (len(rows) + 1)),
+        check,
     )
 
 

@@ -1,7 +1,7 @@
 """Weighted sum of client rows: the definition (McMahan et al., AISTATS 2017, Algorithm 1).
 
-    acc[j] = start[j] + sum_i weights[i] * rows[i][j]    for every layer j, element by element
-    out[j] = acc[j] / divisor,  in the dtype of the layer
+acc[j] = start[j] + sum_i weights[i] * rows[i][j]    for every layer j, element by element
+out[j] = acc[j] / divisor,  in the dtype of the layer
 """
 
 from __future__ import annotations
