@@ -97,10 +97,11 @@ class CMakeBuild(build_ext):
     def cmake_args(self, out: Path) -> list[str]:
         import pybind11
 
+        kind = "Debug" if os.environ.get("FLCORE_DEBUG") == "1" else "Release"
         args = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if os.environ.get('FLCORE_DEBUG') == '1' else 'Release'}",
+            f"-DCMAKE_BUILD_TYPE={kind}",
             f"-DFLCORE_OUTPUT_DIR={out}",
         ]
         if ninja := shutil.which("ninja"):

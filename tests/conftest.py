@@ -50,7 +50,7 @@ def _restore_threads():
 
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the core and tests/native/*.cpp, without Python, under the address and UB sanitizers."""
+    """Build the core and tests/native/*.cpp, without Python, under two sanitizers."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")

@@ -101,7 +101,8 @@ def test_every_stem_lives_in_every_room():
 
 
 def test_import_is_light():
-    code = "import sys, flcore; print([m for m in ('torch', 'triton', 'rich', 'sklearn') if m in sys.modules])"
+    heavy = ("torch", "triton", "rich", "typer", "sklearn", "scipy", "matplotlib")
+    code = f"import sys, flcore; print([m for m in {heavy} if m in sys.modules])"
     done = python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

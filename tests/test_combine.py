@@ -63,7 +63,9 @@ def test_variant_matches_float64_definition(variant, dtype, accumulate, rng):
             weights = rng.uniform(-1, 1, n)
             got = run(variant, rows, weights, accumulate=accumulate).astype(np.float64)
             want = exact(rows, weights)
-            scale = sum(np.abs(w * r.astype(np.float64)) for w, r in zip(weights, rows))
+            scale = sum(
+                np.abs(w * r.astype(np.float64)) for w, r in zip(weights, rows, strict=True)
+            )
             # n roundings of the accumulator and of the weights, one of the result
             sum_eps = EPS[
                 "float32" if accumulate == "float32" and dtype != "float64" else "float64"

@@ -117,7 +117,7 @@ def test_layers_of_all_dtypes(variant, accumulate, rng):
 
 def test_more_layers_than_one_launch_takes(variant, rng):
     # 1,300 layers: more than the table of a launch holds, of different lengths
-    updates = [[clients(rng, 1, 1 + l % 50, "float32")[0] for l in range(1300)] for _ in range(3)]
+    updates = [[clients(rng, 1, 1 + j % 50, "float32")[0] for j in range(1300)] for _ in range(3)]
     want = combine(updates, [1, 2, 3])
     got = combine(to_gpu(updates), [1, 2, 3], variant=variant)
     for one, other in zip(got, want, strict=True):

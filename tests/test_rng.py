@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -75,7 +77,8 @@ def test_pieces_of_a_stream_are_the_stream(variant):
     whole = random_bits(1000, 11, round=1, variant=variant)
     cuts = [0, 1, 4, 7, 130, 131, 600, 1000]  # within blocks, on their borders, vectors apart
     pieces = [
-        random_bits(b - a, 11, round=1, offset=a, variant=variant) for a, b in zip(cuts, cuts[1:])
+        random_bits(b - a, 11, round=1, offset=a, variant=variant)
+        for a, b in itertools.pairwise(cuts)
     ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
 

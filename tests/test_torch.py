@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flcore.aggregation import Accumulator, Mean  # noqa: E402
-from flcore.errors import DTypeError  # noqa: E402
-from flcore.ops import combine  # noqa: E402
+from flcore.aggregation import Accumulator, Mean
+from flcore.errors import DTypeError
+from flcore.ops import combine
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

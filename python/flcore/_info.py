@@ -24,8 +24,8 @@ def build_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``python``, ``numpy``, ``platform``, ``processor``; ``isa`` (the instruction-set
-        level in use), ``isa_built``, ``isa_usable``; ``threads``, ``openmp`` (version date),
+        ``version``, ``python``, ``numpy``, ``platform``, ``processor``; ``isa`` (the instruction
+        set in use), ``isa_built``, ``isa_usable``; ``threads``, ``openmp`` (version date),
         ``openmp_libraries`` (loaded files); ``compiler``, ``debug``, ``sanitize``; ``cuda``
         (devices and, when there is none, the reason); ``packages`` (versions, None when absent).
     """

@@ -254,7 +254,7 @@ class Accumulator:
             raise NonFiniteError(f"the accumulated sum overflows {self.dtype}{wider}")
 
     def _admit(self, views: list[_arrays.View], scale: float) -> bool:
-        """Whether the update may be added; raises what the policy says. The state is not touched."""
+        """Whether the update may be added; raises what the policy says, the state untouched."""
         self._check_terms(1)
         if self.dtype == "reproducible":  # a trial sum finds values outside the grid, too
             scratch = [_arrays.view(_arrays.empty_like(v.array)) for v in views]
