@@ -89,8 +89,8 @@ class CMakeBuild(build_ext):
                 why = f"exit status {code}" if code is not None else err
                 raise SystemExit(
                     f"\nflcore: the native {step} step failed ({why}); its output is above.\n"
-                    "        A C++17 compiler (gcc >= 11 or clang >= 12) is needed: apt-get install "
-                    "g++ , dnf install gcc-c++ or xcode-select --install.\n"
+                    "        A C++17 compiler (gcc >= 11 or clang >= 12) is needed: "
+                    "apt-get install g++ , dnf install gcc-c++ or xcode-select --install.\n"
                     "        A CUDA problem? FLCORE_CUDA=0 builds the CPU part alone."
                 ) from None
 

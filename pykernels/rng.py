@@ -1,4 +1,4 @@
-"""Philox4x32-10 streams in Triton: random bits and uniforms, bit for bit those of the other variants.
+"""Philox4x32-10 streams in Triton: random bits and uniforms, the bits of the other variants.
 
 The stream layout is the one of ``csrc/philox.h``. Writes 4 bytes a value and reads nothing.
 Integer arithmetic, and one exact scaling by a power of two, so no option of the compiler and no

@@ -319,6 +319,7 @@ def flatten(update: Any, name: str = "update") -> tuple[Layout, list[Any]]:
         `update` is not an array, or a list, tuple or dict of arrays.
     """
     kind: type
+    keys: tuple[Any, ...]
     if is_array(update):
         kind, keys, arrays = object, (None,), [update]
     elif isinstance(update, Mapping):

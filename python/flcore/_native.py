@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from flcore import errors
 
@@ -66,6 +67,7 @@ def _load_core() -> ModuleType:
 
 _share_torch_openmp()
 core: ModuleType = _load_core()
+cuda: Any
 cuda, cuda_reason = _load("_cuda")
 
 

@@ -99,7 +99,7 @@ def choose(op: str, device: str, variant: str | None = None) -> Callable[..., An
         if why := variants[named].missing(device):
             raise VariantUnavailableError(f"{op}: variant {named} cannot run on {device}: {why}")
         return variants[named].load()
-    reasons = []
+    reasons: list[str] = []
     for name in ORDER[device.partition(":")[0]]:
         if name in variants:
             if not (why := variants[name].missing(device)):

@@ -290,8 +290,8 @@ def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     return [bool(f) for f in found]
 
 
-for _op, _cpu in (("combine", _combine_cpu), ("nonfinite", _nonfinite_cpu)):
-    _variants.add(_op, "cpu", lambda _cpu=_cpu: _cpu, _variants.cpu_only)
+for _op in ("combine", "nonfinite"):
+    _variants.add(_op, "cpu", _variants.lazy(__name__, f"_{_op}_cpu"), _variants.cpu_only)
     _variants.add(_op, "reference", _variants.lazy("flcore.reference.combine", _op))
     _variants.add(
         _op, "triton", _variants.lazy("flcore.pykernels.combine", _op), _variants.needs_triton
