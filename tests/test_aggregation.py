@@ -228,3 +228,49 @@ def test_mean_leaves_out_untouched_when_it_raises():
     assert (out["w"] == 7).all() and out["n"][0] == 7
     assert Mean(nonfinite="exclude")(updates, out=out) is out
     assert (out["w"] == 1).all() and out["n"][0] == 1
+
+
+# ---- packets -----------------------------------------------------------------------------------
+
+
+def packet_of(x: np.ndarray) -> bytes:
+    from flcore.compression import Encoder, TopK
+
+    return bytes(Encoder(TopK(ratio=0.25), like=x).encode(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "reproducible"])
+def test_packets_and_dense_updates_share_one_sum(dtype, rng):
+    from flcore.compression import Packet, decode
+
+    layers = [rng.standard_normal(s).astype(np.float32) for s in (100, 3, 70_000)]
+    flat = np.concatenate(layers)
+    data = packet_of(flat)
+    sparse = np.split(decode(Packet.from_bytes(data)), [100, 103])
+    total = Accumulator(layers, dtype).add(layers, 2).add(data, 3).add(Packet.from_bytes(data), 0)
+    assert total.count == 3 and total.total_weight == 5
+    for got, a, b in zip(total.result(), layers, sparse, strict=True):
+        np.testing.assert_allclose(got, (2 * a + 3 * b) / 5, rtol=1e-6, atol=1e-6)
+
+
+def test_a_broken_packet_changes_nothing(rng):
+    x = rng.standard_normal(1000).astype(np.float32)
+    data = packet_of(x)
+    total = Accumulator(x).add(x)
+    huge = bytearray(data)
+    huge[16:24] = (2**60).to_bytes(8, "little")  # the header's count of values
+    flipped = bytearray(data)
+    flipped[-3] ^= 0x10
+    other = packet_of(x[:999])
+    for bad, message in (
+        (data[:-1], "bytes"),
+        (data[:40], "bytes"),
+        (b"", "bytes"),
+        (bytes(flipped), "checksum"),
+        (bytes(huge), "1152921504606846976"),
+        (other, "expected 1000 values"),
+    ):
+        with pytest.raises(InvalidInputError, match=message) as caught:
+            total.add(bad)
+        assert isinstance(caught.value, PacketError) or bad is other
+    assert total.count == 1 and total.result().tobytes() == x.tobytes()

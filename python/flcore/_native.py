@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ __all__ = [
     "cuda_devices",
     "cuda_reason",
     "get_num_threads",
+    "num_threads",
     "set_num_threads",
     "threads_for",
 ]
@@ -111,6 +114,17 @@ def get_num_threads() -> int:
     if torch is not None and hasattr(torch, "get_num_threads"):
         return int(torch.get_num_threads())
     return max(1, min(core.max_threads(), _usable_cores()))
+
+
+@contextmanager
+def num_threads(n: int) -> Iterator[None]:
+    """Set the number of threads within a `with` block."""
+    before = _threads
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
 
 
 def threads_for(work: int) -> int:

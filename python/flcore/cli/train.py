@@ -192,7 +192,7 @@ def _train(options: dict[str, Any]) -> None:
     )
     settings = _settings(options)
     folder = options["output"] or _next_folder(algorithm.name, options["dataset"])
-    display = Display(settings.rounds)
+    display = Display(settings.rounds, settings.participants)
     with _stop_on_interrupt(display):
         try:
             with display:

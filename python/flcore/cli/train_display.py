@@ -28,15 +28,18 @@ class Display(Observer):
     ----------
     rounds : int
         Rounds of the whole run.
+    participants : int
+        Clients in a round; the bar moves with each of them.
     """
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, participants: int) -> None:
         self.stopping = False
         self._rounds = rounds
+        self._participants = participants
         self._up = self._down = 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._progress = Progress(
-            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("round {task.fields[round]}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[accuracy]}", style="bold green"),
             TextColumn("{task.fields[traffic]}"),
@@ -46,7 +49,7 @@ class Display(Observer):
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=rounds, accuracy="", traffic="")
+        self._task = self._progress.add_task("", total=rounds, round=0, accuracy="", traffic="")
         self._live = Live(self._render(), console=console, refresh_per_second=8)
 
     def __enter__(self) -> Display:
@@ -61,12 +64,18 @@ class Display(Observer):
     ) -> None:
         self._live.update(self._render(), refresh=True)
         self._live.stop()
+        if not console.is_terminal:
+            console.print()  # a terminal's cursor is on a new line already
 
     def started(self, history: History) -> None:
         """Show the rounds that a resumed run has behind it."""
         for record in history:
             self._add(record)
         self._progress.reset(self._task, total=self._rounds, completed=len(history))
+
+    def client_done(self, client: int) -> None:
+        """Move the bar by one client."""
+        self._progress.advance(self._task, 1 / self._participants)
 
     def round_done(self, record: RoundRecord) -> None:
         """Move the bar and bring the numbers up to date."""
@@ -90,6 +99,7 @@ class Display(Observer):
             self._seconds[phase] += record.seconds[phase]
         self._progress.update(
             self._task,
+            round=record.round,
             accuracy=f"accuracy {record.accuracy:.1%}",
             traffic=f"up {megabytes(self._up)}  down {megabytes(self._down)}",
         )
@@ -113,7 +123,6 @@ def show_result(history: History, folder: Path) -> None:
     table.add_column(justify="right")
     for name, value in summary(history):
         table.add_row(name, value)
-    console.print()
     console.print(table)
     console.print(f"report   {folder / 'report.html'}", highlight=False)
     console.print(f"model    {folder / 'model.safetensors'}", highlight=False)

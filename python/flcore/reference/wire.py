@@ -40,6 +40,7 @@ __all__ = [
 HEADER_BYTES = 64
 TABLE_BYTES = 8  # section count and a reserved word, before the entries
 ENTRY_BYTES = 24
+TENSOR_BYTES = 64  # a row of the tensor table
 ALIGN = 64
 TILE = 65_536  # coordinates a tile: a local index fits in 16 bits
 SLACK_BYTES = 4096  # a payload is at most 8 bytes a coordinate, this, and the tensor table
@@ -56,12 +57,10 @@ VALUE_BYTES = {1: 4, 2: 2, 3: 2}
 _EXPONENT_MASK = {1: 0x7F800000, 2: 0x7C00, 3: 0x7F80}  # all ones: NaN or infinity
 
 COUNTS, INDICES, VALUES, TENSORS, _PRIVATE = 3, 4, 5, 9, 0x8000
-TENSOR_BYTES = 64
 
 HEADER = struct.Struct("<4sBBHHHIQQQQIBBBBII")
 ENTRY = struct.Struct("<HHIQQ")
 TENSOR = struct.Struct("<QQQB7x8I")
-assert HEADER.size == HEADER_BYTES and ENTRY.size == ENTRY_BYTES and TENSOR.size == TENSOR_BYTES
 
 
 @dataclass(frozen=True)

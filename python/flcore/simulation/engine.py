@@ -19,6 +19,7 @@ import numpy as np
 
 import flcore
 from flcore._extras import require
+from flcore._native import num_threads
 from flcore.algorithms import Algorithm, create
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.simulation.datasets import Dataset, load_dataset
@@ -344,12 +345,10 @@ class _Clock:
 def _threads(count: int) -> Iterator[None]:
     """Set the threads of torch and flcore, and leave torch's random state as it was."""
     torch = require("torch", extra="train")
-    before = torch.get_num_threads(), flcore.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(count)
-    flcore.set_num_threads(count)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with num_threads(count), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        torch.set_num_threads(before[0])
-        flcore.set_num_threads(before[1])
+        torch.set_num_threads(before)

@@ -125,7 +125,7 @@ def summary(history: History) -> list[tuple[str, str]]:
     reached = {target: history.rounds_to(target) for target in (0.9, 0.95)}
     return [
         ("test accuracy, last round", f"{history.accuracy:.2%}"),
-        ("mean of the last 10 rounds", f"{history.mean_accuracy(10):.2%}"),
+        (f"mean of the last {min(10, len(history))} rounds", f"{history.mean_accuracy(10):.2%}"),
         ("best round", f"{max(record.accuracy for record in history):.2%}"),
         *(
             (f"rounds to {target:.0%}", "not reached" if first is None else str(first))

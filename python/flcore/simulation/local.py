@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalTrainer"]
 
-EVALUATION_BATCH = 1024
-"""Examples in one forward pass of the evaluation."""
+EVALUATION_BATCH = 256
+"""Examples in one forward pass of the evaluation; larger ones leave the cache with the CNN."""
 
 
 class LocalTrainer:

@@ -1,0 +1,143 @@
+"""GPU code on a machine without a GPU: what compiles, what the compiled code does and does not do.
+
+Triton compiles for a named architecture with the assembler it brings along. nvcc's own report is
+read when the toolkit is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from flcore import _native
+from support import HAS_TORCH, ROOT
+
+HAS_TRITON = HAS_TORCH and importlib.util.find_spec("triton") is not None
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flcore.pykernels import combine, rng
+
+def compiled(kernel, arguments, constants, **options):
+    signature = {**arguments, **{name: "constexpr" for name in constants}}
+    source = ASTSource(kernel, signature, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return re.findall(r"\\b(?:fma|mul|add|ld|st)\\.[a-z0-9.]+", ptx)
+
+combine_arguments = {"table_ptr": "*i64", "flags_ptr": "*i32", "rows": "i32", "layers": "i32"}
+found = {}
+for dtype, accumulate in ((1, 0), (3, 0), (0, 2)):
+    for aligned in (True, False):
+        constants = dict(D=dtype, A=accumulate, EMPTY=False, HAS_STATE=False, HAS_OUT=True,
+                         DIVIDE=False, ALIGNED=aligned, BLOCK=combine.BLOCK)
+        found[f"{dtype} {accumulate} {aligned}"] = compiled(
+            combine.combine_kernel, combine_arguments, constants, **combine.OPTIONS)
+words = ("numel", "skip", "first_block", "k0", "k1", "tensor", "round", "client")
+rng_arguments = {"out_ptr": "*fp32", **{w: "i32" for w in words}}
+compiled(rng.random_kernel, rng_arguments, dict(UNIFORM=True, BLOCK=rng.BLOCK),
+         enable_fp_fusion=False)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_triton_kernels_compile_to_separate_products_and_sums():
+    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for case, instructions in json.loads(done.stdout).items():
+        dtype, _, aligned = case.split()
+        assert not [i for i in instructions if i.startswith("fma")], case
+        real = "f64" if dtype == "0" else "f32"
+        assert {f"mul.rn.{real}", f"add.rn.{real}"} <= set(instructions), case
+        wide = {"0": "ld.global.v2.b64"}.get(dtype, "ld.global.v4.b32")  # 16 bytes
+        assert (wide in instructions) == (aligned == "True"), case
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "kernels").glob("*.cu")))
+def test_cuda_kernels_spill_no_register(source, tmp_path):
+    done = subprocess.run(
+        [
+            *("nvcc", "-std=c++17", "-O3", "-arch=sm_90", "--expt-relaxed-constexpr", "-Xptxas=-v"),
+            *("-I", str(ROOT / "csrc"), "-I", str(ROOT / "kernels")),
+            *("-c", str(ROOT / "kernels" / source), "-o", str(tmp_path / "kernel.o")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    assert spilled or source == "device.cu", "no report of the assembler"
+    assert all(pair == ("0", "0") for pair in spilled), spilled
+
+
+@pytest.mark.skipif(_native.cuda is None, reason=f"no CUDA module: {_native.cuda_reason}")
+def test_calls_without_a_device_say_why():
+    count, why = _native.cuda.device_count()
+    if count:
+        pytest.skip("there is a device")
+    assert why
+    with pytest.raises(RuntimeError, match=re.escape(why)):
+        _native.cuda.random(0, 4, False, 0, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="cuda"):
+        _native.cuda.combine([0], [1.0], [4], [1], [], [0], 0, 1.0, 0, 0, 0)
+
+
+@pytest.mark.skipif(_native.cuda is None, reason=f"no CUDA module: {_native.cuda_reason}")
+def test_sizes_are_checked_before_a_launch():
+    module = _native.cuda
+    too_many = module.COMBINE_MAX_ROWS + 1
+    for call, says in (
+        (lambda: module.random(0, 5, False, 0, 0, 0, 0, 2**34, 0, 0), "at most 2\\^34"),
+        (
+            lambda: module.combine(
+                [0] * too_many, [1.0] * too_many, [4], [1], [], [0], 0, 1.0, 0, 0, 0
+            ),
+            f"at most {too_many - 1} client rows",
+        ),
+        (lambda: module.combine([0], [1.0, 1.0], [4], [1], [], [0], 0, 1.0, 0, 0, 0), "rows"),
+        (lambda: module.combine([0], [1.0], [4], [9], [], [0], 0, 1.0, 0, 0, 0), "unknown code 9"),
+        (lambda: module.combine([0], [1.0], [4], [1], [], [], 0, 1.0, 0, 0, 0), "state or out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_codes_agree_between_triton_and_cpp():
+    from flcore.pykernels import combine as kernels
+
+    from flcore import _arrays
+    from flcore.ops.combine import ACCUMULATE
+    from flcore.ops.rng import STREAM_LENGTH
+
+    codes = [c.value for c in (kernels.F64, kernels.F32, kernels.F16, kernels.BF16)]
+    assert codes == list(_arrays.DTYPE_CODES.values())
+    assert tuple(kernels.ACCUMULATE) == ACCUMULATE
+    assert list(kernels.ACCUMULATE.values()) == list(range(3))
+    assert kernels.BINS.value == kernels.ACCUMULATE["reproducible"]
+    cuts = tuple(1.5 * 2.0**52 * unit for unit in _native.core.BIN_UNIT)
+    assert (kernels.CUT_0.value, kernels.CUT_1.value, kernels.CUT_2.value) == cuts
+    assert kernels.BIN_LIMIT.value == _native.core.BIN_LIMIT
+    assert kernels.NONFINITE.value == _native.core.COMBINE_NONFINITE
+    assert kernels.OUT_OF_RANGE.value == _native.core.COMBINE_OUT_OF_RANGE
+    assert STREAM_LENGTH == 2**34
