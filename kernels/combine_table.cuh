@@ -66,6 +66,7 @@ uint64_t word_of(double weight) {
   return word;
 }
 
+// a.weights may be null (nonfinite_kernel has no use for them)
 template <class Table, int D, class Real>
 Table make_table(const CombineArgs& a, int parts, const int* layers, int count) {
   Table t;
@@ -73,7 +74,7 @@ Table make_table(const CombineArgs& a, int parts, const int* layers, int count) 
   t.divisor = a.divisor;
   t.rows = int(a.n);
   t.layers = count;
-  for (int i = 0; i < t.rows; ++i) t.words[i] = word_of<Real>(a.weights[i]);
+  for (int i = 0; i < t.rows; ++i) t.words[i] = a.weights ? word_of<Real>(a.weights[i]) : 0;
   constexpr int64_t TILE = THREADS * 16 / sizeof(Stored<D>);
   for (int k = 0; k < count; ++k) {
     const int l = layers[k];
