@@ -9,6 +9,7 @@
 // Packets were checked by wire::parse, so no index is checked here. Accumulators are a list of layers.
 #include "api.h"
 #include "cpu/chunks.h"
+#include "cpu/layers.h"
 #include "cpu/vec.h"
 
 namespace flcore {
@@ -16,19 +17,6 @@ namespace FLCORE_ISA {
 namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sections are read as stored");
-
-// Last layer that starts at or before a coordinate.
-static int64_t find_layer(const DecodeArgs& x, int64_t coordinate) {
-  int64_t low = 0, high = x.layers - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (x.starts[middle] <= coordinate)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
 
 template <bool ADD, class T>
 FLCORE_INLINE void put(char* at, T weight, T value) {
@@ -69,7 +57,7 @@ static void walk_layer(const DecodeArgs& x, const SparseView& p, int64_t tile, i
 template <int D, bool ADD>
 static void walk_tile(const DecodeArgs& x, const SparseView& p, int64_t tile) {
   const int64_t begin = tile * SPARSE_TILE;
-  int64_t layer = find_layer(x, begin);
+  int64_t layer = find_layer(x.starts, x.layers, begin);
   const int64_t end = begin + SPARSE_TILE < x.numel ? begin + SPARSE_TILE : x.numel;
   if (end <= x.starts[layer + 1]) {
     if (x.dtype[layer] == F64)
@@ -101,7 +89,7 @@ static void zero_tile(const DecodeArgs& x, int64_t tile) {
   const int64_t begin = tile * SPARSE_TILE;
   const int64_t end = begin + SPARSE_TILE < x.numel ? begin + SPARSE_TILE : x.numel;
   int64_t at = begin;
-  for (int64_t layer = find_layer(x, begin); at < end; ++layer) {
+  for (int64_t layer = find_layer(x.starts, x.layers, begin); at < end; ++layer) {
     const int64_t stop = x.starts[layer + 1] < end ? x.starts[layer + 1] : end;
     if (stop == at) continue;  // an empty layer, perhaps without an address
     const int64_t bytes = dtype_bytes(x.dtype[layer]);

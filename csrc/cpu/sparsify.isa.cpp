@@ -9,6 +9,7 @@
 // and any level. Source: specs econtrol and topk-selection-kernels (Gao et al. 2024; radix select).
 #include "api.h"
 #include "cpu/chunks.h"
+#include "cpu/layers.h"
 #include "cpu/vec.h"
 
 namespace flcore {
@@ -80,19 +81,6 @@ static const char* gradient(const SparsifyArgs& x, int64_t begin, int64_t count,
   return reinterpret_cast<const char*>(buffer);
 }
 
-// Last layer that starts at or before a coordinate.
-static int64_t find_layer(const SparsifyArgs& x, int64_t coordinate) {
-  int64_t low = 0, high = x.layers - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (x.starts[middle] <= coordinate)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 FLCORE_INLINE const char* at_or_null(const float* p, int64_t i) {
   return p ? reinterpret_cast<const char*>(p + i) : nullptr;
 }
@@ -120,7 +108,7 @@ static bool histogram_tile(const SparsifyArgs& x, int64_t tile, int level, uint3
   int32_t bins[BLOCK];
   vi32 top = {};
   int32_t top_tail = 0;
-  int64_t layer = find_layer(x, begin);
+  int64_t layer = find_layer(x.starts, x.layers, begin);
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t count = at + BLOCK < end ? BLOCK : end - at;
     const char* g = gradient(x, at, count, layer, buffer);
@@ -188,7 +176,7 @@ static void collect_tile(const SparsifyArgs& x, int64_t tile, uint32_t cut, int6
   const int64_t end = begin + SPARSE_TILE < x.numel ? begin + SPARSE_TILE : x.numel;
   const int32_t bound = int32_t(cut);
   float buffer[BLOCK];
-  int64_t layer = find_layer(x, begin);
+  int64_t layer = find_layer(x.starts, x.layers, begin);
   Region region = {local, values, quota};
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t count = at + BLOCK < end ? BLOCK : end - at;

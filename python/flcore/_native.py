@@ -27,8 +27,9 @@ __all__ = [
     "threads_for",
 ]
 
-# Below this many values one thread is faster than waking a team (about 10 us on two cores).
-SERIAL_WORK = 1 << 16
+# Below this many values (about 20 us of one core) waking a team of threads does not pay, and on a
+# busy machine it can wait milliseconds for the other core.
+SERIAL_WORK = 1 << 17
 
 
 def _share_torch_openmp() -> None:
