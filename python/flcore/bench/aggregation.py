@@ -101,17 +101,27 @@ def build_accumulator(setup: Setup, *, clients: int, numel: int) -> Workload:
 
     data = make_updates(setup, clients, numel, "float32")
     updates, weights = data.updates(), [float(q) for q in data.weights]
-    accumulator = Accumulator(updates[0][0])
+    checking = Accumulator(updates[0][0])
+    trusting = Accumulator(updates[0][0], nonfinite="propagate")
 
-    def stream(slot: int) -> Any:
+    def stream(accumulator: Accumulator, slot: int) -> Any:
         accumulator.reset()
         for update, weight in zip(updates[slot], weights, strict=True):
             accumulator.add(update, weight)
         return accumulator.result()
 
+    ours = [
+        Contestant("flcore Accumulator", partial(stream, checking), to_numpy, kind="ours"),
+        Contestant(
+            "flcore Accumulator, nonfinite='propagate' (as the peers: values are not checked)",
+            partial(stream, trusting),
+            to_numpy,
+            kind="variant",
+        ),
+    ]
     others, absent = peers.streaming_peers(data, setup)
     return Workload(
-        contestants=[Contestant("flcore Accumulator", stream, to_numpy, kind="ours"), *others],
+        contestants=ours + others,
         matches=data.check(UNIT_ROUNDOFF["float32"]),
         bytes_moved=(12 * clients + 8) * numel,
         absent=absent,
