@@ -1,0 +1,48 @@
+"""What the documentation shows runs: blocks of the README, examples in docstrings, links."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+
+import pytest
+
+import flcore
+from support import HAS_TORCH, ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(flcore.__path__, "flcore.")
+    if not m.name.startswith(("flcore.pykernels", "flcore.cli", "flcore.__main__", "flcore._c"))
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split("\n")[0])
+def test_readme_block_runs(block: str):
+    if "torch" in block:
+        pytest.importorskip("torch")
+        block = block.replace("torch.compile(", "torch.compile(backend='eager', model=")
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str):
+    if name == "flcore._torch_ops" and not HAS_TORCH:
+        pytest.skip("torch is not installed")
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
