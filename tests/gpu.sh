@@ -79,7 +79,7 @@ sanitize() { # TOOL SECONDS LOG TESTS: compute-sanitizer sees nothing behind tor
 }
 
 environment='
-import platform, sys, torch, triton, flcore
+import platform, sys, torch, triton, flcore, flcore.ops
 from flcore import _variants
 info = flcore.build_info()
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
