@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flcore.bench.cases import Setup
-from flcore.bench.environment import optional
+from flcore.bench.environment import BLAS_SPIN_S, optional
 from flcore.bench.timers import Contestant
 from flcore.bench.updates import UNIT_ROUNDOFF, Updates, to_numpy
 
@@ -30,8 +30,10 @@ class _Field:
         self.peers: list[Contestant] = []
         self.absent: Absent = {}
 
-    def add(self, name: str, call: Callable[[int], Any], matches: Any = None) -> None:
-        self.peers.append(Contestant(name, call, to_numpy, matches=matches))
+    def add(
+        self, name: str, call: Callable[[int], Any], matches: Any = None, rest_s: float = 0.0
+    ) -> None:
+        self.peers.append(Contestant(name, call, to_numpy, matches=matches, rest_s=rest_s))
 
     def leave_out(self, reason: str, *names: str) -> None:
         self.absent |= dict.fromkeys(names, reason)
@@ -75,7 +77,7 @@ def _numpy_flat(field: _Field, data: Updates, setup: Setup) -> None:
         lambda slot: reduce(np.add, [x * w for x, w in zip(rows[slot], weights, strict=True)]),
         coarse,
     )
-    field.add(names[1], lambda slot: weights @ stacked[slot], coarse)
+    field.add(names[1], lambda slot: weights @ stacked[slot], coarse, BLAS_SPIN_S)
 
 
 def _half_check(data: Updates) -> Any:

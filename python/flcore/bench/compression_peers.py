@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flcore.bench.cases import Setup
-from flcore.bench.environment import optional
+from flcore.bench.environment import BLAS_SPIN_S, optional
 from flcore.bench.timers import Contestant
 
 __all__ = ["econtrol_peers", "sparse_sum_peers"]
@@ -105,7 +105,9 @@ def sparse_sum_peers(
         return total
 
     contestants = [
-        Contestant("numpy weights @ stacked (dense)", lambda slot: weights @ stacked),
+        Contestant(
+            "numpy weights @ stacked (dense)", lambda slot: weights @ stacked, rest_s=BLAS_SPIN_S
+        ),
         Contestant("numpy out[index] += w * value", add_numpy, reset=lambda: total.fill(0)),
     ]
     names = "torch weights @ stacked (dense)", "torch index_add_"

@@ -92,6 +92,9 @@ class Contestant:
         such as an unweighted mean.  `matches(slot, array)` returns None or what is wrong.
     kind : str
         "ours", "variant" (ours with other options), "peer" or "probe" (a bandwidth measurement).
+    rest_s : float
+        Seconds to wait, untimed, after a call whose thread pool spins on when the work is done:
+        it would take a core from whoever comes next.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Contestant:
     reset: Callable[[], None] | None = None
     matches: Callable[[int, np.ndarray], str | None] | None = None
     kind: str = "peer"
+    rest_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -344,6 +348,7 @@ def run_paired(
     for contestant in admitted:
         tell(f"warm up {contestant.name}", 0.0)
         per_call = _warm_up(partial(measure, contestant), plan.warmup_s)
+        time.sleep(contestant.rest_s)
         wanted.append(plan.rounds_for(per_call, len(admitted)))
 
     total = max(wanted)
@@ -359,6 +364,7 @@ def run_paired(
             players = [i for i, rounds in enumerate(wanted) if _takes_part(turn, rounds, total)]
             for i in order_rng.permutation(players):
                 seconds[i, turn] = measure(admitted[i])
+                time.sleep(admitted[i].rest_s)
     finally:
         if collecting:
             gc.enable()
