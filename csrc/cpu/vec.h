@@ -138,8 +138,15 @@ FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
     __builtin_memcpy(reinterpret_cast<char*>(&v) + VEC_BYTES / 2, &hi, VEC_BYTES / 2);
     return v;
   } else if constexpr (D == BF16) {
+#if defined(__AVX512F__)  // spelled out: gcc 12 splits the generic conversion into narrow pieces
+    const __m512i u = _mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), load<__m256i>(at));
+    return (vf32)(((vu32)u) << 16);
+#elif defined(__AVX2__)
+    return (vf32)(((vu32)_mm256_cvtepu16_epi32(load<__m128i>(at))) << 16);
+#else
     const vu32 u = __builtin_convertvector(load<vu16h>(at), vu32) << 16;
     return (vf32)u;
+#endif
   } else {
 #if defined(__AVX512F__)
     return (vf32)_mm512_maskz_cvtph_ps(__mmask16(0xffff), load<__m256i>(at));
