@@ -79,6 +79,8 @@ def combine(
     fp32 sums run in client order, multiply then add without fma: the same bits on every
     instruction set and for every number of threads. In torch.compile and under autograd the
     torch op ``flcore::combine`` is called, whose gradient for update i is ``weights[i] / divisor``.
+    On a GPU the work is queued on torch's current stream; the call waits for it only to look for
+    non-finite values, so that ``nonfinite="propagate"`` can be captured in a CUDA graph.
 
     References
     ----------
