@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _variants
+from flcore import _arrays, _native, _updates, _variants
 from flcore.aggregation._integers import IntegerLayer, split_layers
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.ops.combine import ACCUMULATE, NONFINITE, explain, one_device
@@ -82,7 +82,7 @@ class Accumulator:
         if nonfinite not in NONFINITE:
             raise InvalidInputError(f"nonfinite: expected one of {NONFINITE}, got {nonfinite!r}")
         self.dtype, self.nonfinite, self.variant = dtype, nonfinite, variant
-        self._layout, layers = _arrays.flatten(like, "like")
+        self._layout, layers = _updates.flatten(like, "like")
         self._floats, integer_layers = split_layers(self._layout)
         self._like = [_arrays.view(_arrays.empty_like(layers[j])) for j in self._floats]
         self._device = one_device(self._like)
@@ -130,7 +130,7 @@ class Accumulator:
         PacketError
             The packet is corrupt or of another size; nothing was added.
         """
-        weight = _arrays.parse_weights([weight], 1, signed=False if weight else True)[0]
+        weight = _updates.parse_weights([weight], 1, signed=False if weight else True)[0]
         packet = _as_packet(update)
         layers = None if packet is not None else self._layout.layers(update, "update")
         if packet is not None:

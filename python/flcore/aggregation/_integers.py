@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays
+from flcore import _arrays, _updates
 from flcore.errors import DTypeError, InvalidInputError
 
 __all__ = ["POLICIES", "IntegerLayer", "split_layers"]
@@ -19,7 +19,7 @@ __all__ = ["POLICIES", "IntegerLayer", "split_layers"]
 POLICIES = ("mean", "max", "sum", "first")
 
 
-def split_layers(layout: _arrays.Layout) -> tuple[list[int], list[int]]:
+def split_layers(layout: _updates.Layout) -> tuple[list[int], list[int]]:
     """Return the positions of the floating and of the integer layers.
 
     Raises

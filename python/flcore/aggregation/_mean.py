@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flcore import _arrays
+from flcore import _arrays, _updates
 from flcore.aggregation._integers import POLICIES, IntegerLayer, split_layers
 from flcore.errors import InvalidInputError
 from flcore.ops.combine import ACCUMULATE, NONFINITE, combine_layers
@@ -92,9 +92,9 @@ class Mean:
         InvalidInputError, DTypeError, NonFiniteError, VariantUnavailableError
             See `flcore.ops.combine`; also weights that are negative or sum to zero.
         """
-        layout, rows = _arrays.parse_updates(updates)
+        layout, rows = _updates.parse_updates(updates)
         n = len(rows)
-        q = [1.0] * n if weights is None else _arrays.parse_weights(weights, n, signed=False)
+        q = [1.0] * n if weights is None else _updates.parse_weights(weights, n, signed=False)
         targets = None if out is None else layout.layers(out, "out")
         floats, integers = split_layers(layout)
         exact = self.accumulate == "reproducible"  # raw weights, one division at the end

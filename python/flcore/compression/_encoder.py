@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays
+from flcore import _arrays, _updates
 from flcore.compression._feedback import EF14, EControl
 from flcore.compression._packet import Packet
 from flcore.compression._topk import TopK
@@ -85,7 +85,7 @@ class Encoder:
         if nonfinite not in ("raise", "skip"):
             raise InvalidInputError(f"nonfinite: expected raise or skip, got {nonfinite!r}")
         self.codec, self.feedback, self.nonfinite = codec, feedback, nonfinite
-        self._layout, layers = _arrays.flatten(like, "like")
+        self._layout, layers = _updates.flatten(like, "like")
         for i, x in enumerate(layers):
             label = self._layout.label("like", i)
             if not _arrays.is_float(x):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays
+from flcore import _arrays, _updates
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops import decode as ops
 from flcore.reference import wire
@@ -178,7 +178,9 @@ def decode(packet: Any, out: Any = None, like: Any = None) -> Any:
         raise InvalidInputError("out and like: expected one of the two, got both")
     if out is None and like is None:
         return ops.decode(packet)
-    layout, layers = _arrays.flatten(like if out is None else out, "like" if out is None else "out")
+    layout, layers = _updates.flatten(
+        like if out is None else out, "like" if out is None else "out"
+    )
     views = [_arrays.view(x, layout.label("out", i)) for i, x in enumerate(layers)]
     if out is not None:
         for i, (x, v) in enumerate(zip(layers, views, strict=True)):
@@ -226,6 +228,6 @@ def decode_add(packets: Sequence[Any], weights: Any, out: Any) -> Any:
     if isinstance(packets, ops.ParsedPacket | bytes | bytearray | memoryview):
         raise DTypeError("packets: expected a list of packets, got one; write [packet]")
     parsed = [_as_packet(p, f"packets[{i}]") for i, p in enumerate(packets)]
-    _, layers = _arrays.flatten(out, "out")
+    _, layers = _updates.flatten(out, "out")
     ops.decode_add_into(parsed, weights, layers)
     return out

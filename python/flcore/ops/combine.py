@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _variants
+from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError, NonFiniteError
 
@@ -87,7 +87,7 @@ def combine(
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
     AISTATS 2017.
     """
-    layout, rows = _arrays.parse_updates(updates)
+    layout, rows = _updates.parse_updates(updates)
     if out is None and variant is None and _needs_torch_op(rows):
         from flcore import _torch_ops  # comes back here without gradients, a layer at a time
 
@@ -96,7 +96,7 @@ def combine(
         )
         return layout.build(layers)
     _check_options(accumulate, nonfinite, divisor)
-    w = _arrays.parse_weights(weights, len(rows), signed=True)
+    w = _updates.parse_weights(weights, len(rows), signed=True)
     targets = None if out is None else layout.layers(out, "out")
     layers = combine_layers(
         rows,
@@ -115,7 +115,7 @@ def combine_layers(
     rows: Sequence[Sequence[Any]],
     weights: Callable[[set[int]], Sequence[float]],
     *,
-    layout: _arrays.Layout,
+    layout: _updates.Layout,
     out: Sequence[Any] | None,
     accumulate: str,
     nonfinite: str,
@@ -215,7 +215,7 @@ def _targets(
     first: Sequence[View],
     raw: Sequence[Any],
     out: Sequence[Any] | None,
-    layout: _arrays.Layout,
+    layout: _updates.Layout,
     nonfinite: str,
 ) -> tuple[list[View], bool]:
     """Views the kernel writes, and whether they are the user's own `out`.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _variants
+from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.reference import decode as reference
@@ -116,7 +116,7 @@ def decode_add_into(
         `out` has a layer of another dtype.
     """
     packets = list(packets)
-    weights = _arrays.parse_weights(weights, len(packets), signed=True)
+    weights = _updates.parse_weights(weights, len(packets), signed=True)
     targets = [_target(x, i) for i, x in enumerate(out)]
     _check_numel(packets, targets)
     active = [(p, w) for p, w in zip(packets, weights, strict=True) if w != 0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _variants
+from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.reference import sparsify as reference
@@ -90,7 +90,7 @@ def sparsify(
     Gao, Islamov, Stich, "EControl", ICLR 2024, arXiv 2311.05645. Stich et al., "Sparsified SGD with
     Memory", NeurIPS 2018, arXiv 1809.07599.
     """
-    layout, layers = _arrays.flatten(update)
+    layout, layers = _updates.flatten(update)
     views = [_arrays.view(x, layout.label("update", i)) for i, x in enumerate(layers)]
     numel = sum(v.numel for v in views)
     if isinstance(k, bool) or not isinstance(k, int) or not (numel > 0) <= k <= numel:
@@ -152,7 +152,7 @@ def _source_dtype(views: Sequence[View]) -> str:
     return "float64" if "float64" in kinds else "float32"
 
 
-def _find_nonfinite(views: Sequence[View], layout: _arrays.Layout) -> str:
+def _find_nonfinite(views: Sequence[View], layout: _updates.Layout) -> str:
     """Word where the first NaN or infinity is; the slow way, for the error message."""
     for i, v in enumerate(views):
         g = _float32(v)
