@@ -43,6 +43,7 @@ struct CombineArgs {
   double divisor;
   int threads;
   bool check;                 // look for non-finite sums; a CUDA launcher is told by its flag pointer
+  int64_t* first_tile;        // [layers + 1] scratch of the CPU kernel
 };
 
 // flags[i] = 1 when row i holds a NaN or an infinity, else 0
@@ -53,6 +54,7 @@ struct FiniteArgs {
   const void* const* rows;    // [n * layers]
   int32_t* flags;             // [n]
   int threads;
+  int64_t* first_tile;        // [layers + 1] scratch of the CPU kernel
 };
 
 struct CombineFns {

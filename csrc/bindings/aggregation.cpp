@@ -26,8 +26,9 @@ static std::vector<int32_t> nonfinite(const Addresses& rows, int64_t n,
   check_table(rows, n, numel, dtype);
   const auto x = pointers<const void>(rows);
   std::vector<int32_t> flags(size_t(n), 0);
+  std::vector<int64_t> first_tile(numel.size() + 1);
   const FiniteArgs args{n,        int64_t(numel.size()), numel.data(), dtype.data(),
-                        x.data(), flags.data(),          threads};
+                        x.data(), flags.data(),          threads,      first_tile.data()};
   py::gil_scoped_release nogil;
   cpu().combine->nonfinite(args);
   return flags;

@@ -26,13 +26,15 @@ inline void check_table(const Addresses& rows, int64_t n, const std::vector<int6
 struct CombineCall {
   std::vector<const void*> rows;
   std::vector<void*> state, out;
+  std::vector<int64_t> first_tile;
   CombineArgs args;
 
   CombineCall(const Addresses& x, const std::vector<double>& weights,
               const std::vector<int64_t>& numel, const std::vector<int>& dtype, const Addresses& s,
               const Addresses& o, int accumulate, double divisor, int threads,
               bool check = true)
-      : rows(pointers<const void>(x)), state(pointers<>(s)), out(pointers<>(o)) {
+      : rows(pointers<const void>(x)), state(pointers<>(s)), out(pointers<>(o)),
+        first_tile(numel.size() + 1) {
     const int64_t n = int64_t(weights.size());
     check_table(x, n, numel, dtype);
     FLCORE_CHECK(s.empty() || s.size() == numel.size(), "state: one address a layer");
@@ -50,7 +52,8 @@ struct CombineCall {
             accumulate,
             divisor,
             threads,
-            check};
+            check,
+            first_tile.data()};
   }
   CombineCall(const CombineCall&) = delete;
   CombineCall& operator=(const CombineCall&) = delete;

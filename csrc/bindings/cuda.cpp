@@ -35,7 +35,7 @@ static void nonfinite(const Addresses& rows, int64_t n, const std::vector<int64_
   check_table(rows, n, numel, dtype);
   const auto x = pointers<const void>(rows);
   const FiniteArgs args{n,        int64_t(numel.size()),             numel.data(), dtype.data(),
-                        x.data(), reinterpret_cast<int32_t*>(flags), 1};
+                        x.data(), reinterpret_cast<int32_t*>(flags), 1,            nullptr};
   py::gil_scoped_release nogil;
   cuda::launch_nonfinite(args, device, stream);
 }

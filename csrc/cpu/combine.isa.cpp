@@ -15,6 +15,7 @@
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
+#include "cpu/layers.h"
 #include "cpu/vec.h"
 
 namespace flcore {
@@ -233,40 +234,38 @@ static int tile(const CombineArgs& a, int64_t layer, int64_t offset, int64_t m) 
   return tile_plain<D, float>(a, layer, offset, m);
 }
 
-// Calls body(layer, offset, length) for tile `index` counted over all layers.
+// Calls body(layer, offset, length) for each tile of each layer; size(l) coordinates make a tile of
+// layer l, and `first` receives the number of each layer's first tile.
 template <class TileOf, class Body>
-static void locate(int64_t layers, const int64_t* numel, int64_t index, const TileOf& tile_size,
-                   const Body& body) {
-  for (int64_t l = 0; l < layers; ++l) {
-    const int64_t size = tile_size(l), tiles = (numel[l] + size - 1) / size;
-    if (index < tiles) {
-      const int64_t offset = index * size, rest = numel[l] - offset;
-      body(l, offset, rest < size ? rest : size);
-      return;
-    }
-    index -= tiles;
-  }
+static void for_tiles(int64_t layers, const int64_t* numel, int64_t* first, int threads,
+                      const TileOf& size, const Body& body) {
+  first[0] = 0;
+  for (int64_t l = 0; l < layers; ++l)
+    first[l + 1] = first[l] + (numel[l] + size(l) - 1) / size(l);
+  for_chunks(first[layers], threads, [&](int64_t tile) {
+    const int64_t l = find_layer(first, layers, tile);
+    const int64_t offset = (tile - first[l]) * size(l), rest = numel[l] - offset;
+    body(l, offset, rest < size(l) ? rest : size(l));
+  });
 }
 
 static int combine(const CombineArgs& a) {
-  int64_t all = 0, bytes = TILE_MIN, tiles = 0;
+  int64_t all = 0, bytes = TILE_MIN;
   for (int64_t l = 0; l < a.layers; ++l) all += 4 * a.numel[l];
   while (bytes < TILE_MAX && all / (2 * bytes) >= 8 * a.threads) bytes *= 2;  // 8 tiles a thread
   const auto size = [&](int64_t l) { return tile_of(a.dtype[l], a.accumulate, bytes); };
-  for (int64_t l = 0; l < a.layers; ++l) tiles += (a.numel[l] + size(l) - 1) / size(l);
   int flags = 0;
-  for_chunks(tiles, a.threads, [&](int64_t index) {
-    locate(a.layers, a.numel, index, size, [&](int64_t l, int64_t offset, int64_t m) {
-      int found = 0;
-      switch (a.dtype[l]) {
-        case F64: found = tile<F64>(a, l, offset, m); break;
-        case F32: found = tile<F32>(a, l, offset, m); break;
-        case F16: found = tile<F16>(a, l, offset, m); break;
-        default: found = tile<BF16>(a, l, offset, m); break;
-      }
-      if (found) __atomic_fetch_or(&flags, found, __ATOMIC_RELAXED);
-    });
-  });
+  for_tiles(a.layers, a.numel, a.first_tile, a.threads, size,
+            [&](int64_t l, int64_t offset, int64_t m) {
+              int found = 0;
+              switch (a.dtype[l]) {
+                case F64: found = tile<F64>(a, l, offset, m); break;
+                case F32: found = tile<F32>(a, l, offset, m); break;
+                case F16: found = tile<F16>(a, l, offset, m); break;
+                default: found = tile<BF16>(a, l, offset, m); break;
+              }
+              if (found) __atomic_fetch_or(&flags, found, __ATOMIC_RELAXED);
+            });
   return flags;
 }
 
@@ -301,17 +300,12 @@ constexpr int64_t FINITE_TILE = 1 << 14;
 static void nonfinite(const FiniteArgs& a) {
   for (int64_t i = 0; i < a.n; ++i) a.flags[i] = 0;
   const auto size = [](int64_t) { return FINITE_TILE; };
-  int64_t tiles = 0;
-  for (int64_t l = 0; l < a.layers; ++l) tiles += (a.numel[l] + FINITE_TILE - 1) / FINITE_TILE;
-  for_chunks(tiles, a.threads, [&](int64_t index) {
-    locate(a.layers, a.numel, index, size, [&](int64_t l, int64_t offset, int64_t m) {
-      for (int64_t i = 0; i < a.n; ++i) {
-        const void* x = a.rows[i * a.layers + l];
-        const bool bad = row_nonfinite(a.dtype[l], x, offset, m);
-        if (bad) __atomic_store_n(&a.flags[i], 1, __ATOMIC_RELAXED);
-      }
-    });
-  });
+  for_tiles(a.layers, a.numel, a.first_tile, a.threads, size,
+            [&](int64_t l, int64_t offset, int64_t m) {
+              for (int64_t i = 0; i < a.n; ++i)
+                if (row_nonfinite(a.dtype[l], a.rows[i * a.layers + l], offset, m))
+                  __atomic_store_n(&a.flags[i], 1, __ATOMIC_RELAXED);
+            });
 }
 
 }  // namespace FLCORE_ISA

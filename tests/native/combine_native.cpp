@@ -57,8 +57,10 @@ static void sums(int dtype, int accumulate, int64_t n, std::vector<int64_t> nume
     state.push_back(keep.back()->data);
   }
   const std::vector<double> weights(size_t(n), 0.5);
+  std::vector<int64_t> first_tile(size_t(layers + 1));
   CombineArgs args{n,          layers,  numel.data(), dtypes.data(), rows.data(), weights.data(),
-                   nullptr,    out.data(), accumulate, 1.0,          2, true};
+                   nullptr,    out.data(), accumulate, 1.0,          2, true,
+                   first_tile.data()};
   EXPECT(cpu().combine->combine(args) == 0, "dtype %d accumulate %d", dtype, accumulate);
   args.state = state.data();
   args.out = nullptr;
@@ -78,7 +80,8 @@ static void sums(int dtype, int accumulate, int64_t n, std::vector<int64_t> nume
                         size_t(numel[size_t(l)] * dtype_bytes(dtype))),
            "streaming and direct sums differ, dtype %d accumulate %d", dtype, accumulate);
   std::vector<int32_t> flags(size_t(n), 7);
-  const FiniteArgs finite{n, layers, numel.data(), dtypes.data(), rows.data(), flags.data(), 2};
+  const FiniteArgs finite{n, layers, numel.data(), dtypes.data(), rows.data(), flags.data(), 2,
+                          first_tile.data()};
   cpu().combine->nonfinite(finite);
   for (int32_t f : flags) EXPECT(f == 0, "a finite row was flagged");
 }
