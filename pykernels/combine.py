@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flcore import _arrays
+
 __all__ = ["combine", "nonfinite"]
 
 BLOCK = 2048  # coordinates a program
@@ -312,7 +314,7 @@ def combine(
     addresses = np.array([[v.ptr for v in row] for row in rows], dtype=np.int64)
     addresses = addresses.reshape(len(rows), len(layers))
     outs = np.array([v.ptr for v in out] if out is not None else 0 * numel, dtype=np.int64)
-    states = np.array([address_of(s) for s in state] if state else 0 * numel, dtype=np.int64)
+    states = np.array([_arrays.address(s) for s in state] if state else 0 * numel, dtype=np.int64)
     joined = np.bitwise_or.reduce(addresses, axis=0, initial=0) | outs | states
     if accumulate == "reproducible":  # bins lie one after the other: each must start on 16 bytes
         joined |= 8 * numel * (states != 0)
@@ -369,8 +371,3 @@ def nonfinite(rows: Sequence[Sequence[Any]]) -> list[bool]:
                 table, flags, len(rows), len(chosen), D=code, BLOCK=BLOCK, **OPTIONS
             )
     return [bool(f) for f in flags.tolist()]
-
-
-def address_of(array: Any) -> int:
-    """Address of the first element of a torch tensor or a NumPy array."""
-    return array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data

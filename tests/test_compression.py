@@ -169,6 +169,8 @@ def test_settings_are_values(settings):
         settings.k = 3
     with pytest.raises(InvalidInputError, match="has no speed"):
         type(settings).from_dict(settings.to_dict() | {"speed": 1})
+    with pytest.raises(InvalidInputError, match="has no name"):  # a class constant is no setting
+        type(settings).from_dict(settings.to_dict() | {"name": "other"})
     for key in ("codec", "feedback"):
         with pytest.raises(InvalidInputError, match=r"expected|has no"):
             type(settings).from_dict(settings.to_dict() | {key: "other"})

@@ -300,15 +300,12 @@ class Accumulator:
         self._check_terms(1)
 
     def _add_packet(self, packet: Any, scale: float) -> None:
-        from flcore.ops.decode import decode, decode_add_into
+        from flcore.ops.decode import decode_add_into, decode_into
 
         if self.dtype == "reproducible":
-            dense = decode(packet)
-            views, start = [], 0
-            for v in self._like:
-                part = dense[start : start + v.numel].astype(np.float64)
-                views.append(_arrays.view(part))
-                start += v.numel
+            dense = [np.empty(v.numel, np.float64) for v in self._like]
+            decode_into(packet, dense)
+            views = [_arrays.view(x) for x in dense]
             self._sum(views, views, scale)
         else:
             decode_add_into([packet], [scale], self._state)

@@ -22,10 +22,20 @@ import numpy as np
 
 from flcore.errors import InvalidInputError
 
-__all__ = ["Algorithm", "Parameters", "StepSpec", "local_steps"]
+__all__ = ["Algorithm", "Parameters", "StepSpec", "local_steps", "named_views"]
 
 Parameters = dict[str, np.ndarray]
 """A model, or a change of one: parameter name -> array."""
+
+
+def named_views(vector: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Parameters:
+    """View consecutive pieces of one vector as the parameters that `shapes` names."""
+    named, first = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        named[name] = vector[first : first + size].reshape(shape)
+        first += size
+    return named
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ says which of the state vectors e and h it keeps; no arithmetic on vectors happe
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from flcore.compression._settings import Settings
 from flcore.errors import InvalidInputError
 from flcore.reference import wire
 
@@ -22,34 +23,8 @@ def _number(value: Any, name: str, low: float, high: float, words: str) -> None:
         raise InvalidInputError(f"{name}: expected {words}, got {value!r}")
 
 
-class _Settings:
-    """Settings to and from plain values, shared by the frozen dataclasses below."""
-
-    name: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; `from_dict` reads them."""
-        return {"feedback": self.name, **asdict(self)}  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> Any:
-        """Return the error control that `to_dict` described.
-
-        Raises
-        ------
-        InvalidInputError
-            Another error control, or settings it does not have.
-        """
-        options = dict(settings)
-        if (name := options.pop("feedback", cls.name)) != cls.name:
-            raise InvalidInputError(f"settings: expected feedback {cls.name!r}, got {name!r}")
-        if unknown := options.keys() - cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
-            raise InvalidInputError(f"settings: {cls.__name__} has no {', '.join(sorted(unknown))}")
-        return cls(**options)
-
-
 @dataclass(frozen=True)
-class EF14(_Settings):
+class EF14(Settings):
     """Classic error feedback: what was not sent is added to the next update.
 
     ``u = decay * e + g``, ``D = decode(encode(u))``, ``e <- u - D``. With ``decay=1``,
@@ -70,6 +45,7 @@ class EF14(_Settings):
     """
 
     decay: float = 1.0
+    family: ClassVar[str] = "feedback"
     name: ClassVar[str] = "ef14"
     states: ClassVar[tuple[str, ...]] = ("e",)
     flags: ClassVar[int] = 0
@@ -83,7 +59,7 @@ class EF14(_Settings):
 
 
 @dataclass(frozen=True)
-class EControl(_Settings):
+class EControl(Settings):
     """Error control: a memory e of what was not sent and an estimate h that the server shares.
 
     ``u = eta * e + g - h``, ``D = decode(encode(u))``, ``e <- e + g - h - D``, ``h <- h + D``. The
@@ -108,6 +84,7 @@ class EControl(_Settings):
     """
 
     eta: float | str = "auto"
+    family: ClassVar[str] = "feedback"
     name: ClassVar[str] = "econtrol"
     states: ClassVar[tuple[str, ...]] = ("e", "h")
     flags: ClassVar[int] = wire.FLAG_INCREMENT

@@ -181,7 +181,7 @@ def decode(packet: Any, out: Any = None, like: Any = None) -> Any:
     layout, layers = _updates.flatten(
         like if out is None else out, "like" if out is None else "out"
     )
-    views = [_arrays.view(x, layout.label("out", i)) for i, x in enumerate(layers)]
+    views = layout.views(layers, "out")
     if out is not None:
         for i, (x, v) in enumerate(zip(layers, views, strict=True)):
             _arrays.writable_view(x, layout.label("out", i), like=v)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import ClassVar
 
+from flcore.compression._settings import Settings
 from flcore.errors import InvalidInputError
 from flcore.reference import wire
 
@@ -14,7 +15,7 @@ __all__ = ["TopK"]
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Settings):
     """Keep the k entries of largest magnitude; ties go to the smaller index.
 
     Parameters
@@ -48,6 +49,8 @@ class TopK:
     k: int | None = None
     values: str = "float32"
     index: str = "auto"
+    family: ClassVar[str] = "codec"
+    name: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.k is None):
@@ -80,23 +83,3 @@ class TopK:
         if self.index != "auto":
             return self.index
         return "bitmask" if 16 * self.count(numel) > numel else "tile16"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values; `from_dict` reads them."""
-        return {"codec": "topk", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> TopK:
-        """Return the codec that `to_dict` described.
-
-        Raises
-        ------
-        InvalidInputError
-            Another codec, or settings it does not have.
-        """
-        options = dict(settings)
-        if (name := options.pop("codec", "topk")) != "topk":
-            raise InvalidInputError(f"settings: expected codec 'topk', got {name!r}")
-        if unknown := options.keys() - cls.__dataclass_fields__.keys():
-            raise InvalidInputError(f"settings: TopK has no {', '.join(sorted(unknown))}")
-        return cls(**options)

@@ -45,11 +45,11 @@ def combine(
             weights[first : first + step],
             numel,
             dtype,
-            [] if state is None else [s.data_ptr() for s in state],
+            [] if state is None else [_arrays.address(s) for s in state],
             [] if out is None or not last else [v.ptr for v in out],
             ACCUMULATE.index(accumulate),
             divisor,
-            0 if flags is None else flags.data_ptr(),
+            0 if flags is None else _arrays.address(flags),
             device,
             stream,
         )
@@ -68,7 +68,7 @@ def nonfinite(rows: Sequence[Sequence[View]]) -> list[bool]:
         len(rows),
         [v.numel for v in rows[0]],
         [v.code for v in rows[0]],
-        flags.data_ptr(),
+        _arrays.address(flags),
         device,
         stream,
     )

@@ -271,7 +271,7 @@ def _combine_cpu(
         weights,
         numel,
         [v.code for v in layers],
-        [] if state is None else [_arrays.view(s).ptr for s in state],
+        [] if state is None else [_arrays.address(s) for s in state],
         [] if out is None else [v.ptr for v in out],
         ACCUMULATE.index(accumulate),
         divisor,

@@ -76,7 +76,7 @@ class ParsedPacket:
 
 def _check(buffer: np.ndarray, limits: Limits) -> Any:
     return _native.core.parse_packet(
-        buffer.ctypes.data,
+        _arrays.address(buffer),
         buffer.size,
         limits.max_numel,
         limits.max_payload_bytes,
@@ -176,7 +176,7 @@ def _copy_back(out: Sequence[Any], targets: Sequence[View]) -> None:
 
 
 def _same_memory(x: Any, v: View) -> bool:
-    return (x.ctypes.data if isinstance(x, np.ndarray) else x.data_ptr()) == v.ptr
+    return _arrays.address(x) == v.ptr
 
 
 # ---- variants ----------------------------------------------------------------------------------

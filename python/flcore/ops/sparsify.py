@@ -91,7 +91,7 @@ def sparsify(
     Memory", NeurIPS 2018, arXiv 1809.07599.
     """
     layout, layers = _updates.flatten(update)
-    views = [_arrays.view(x, layout.label("update", i)) for i, x in enumerate(layers)]
+    views = layout.views(layers, "update")
     numel = sum(v.numel for v in views)
     if isinstance(k, bool) or not isinstance(k, int) or not (numel > 0) <= k <= numel:
         raise InvalidInputError(f"k: expected an integer from {int(numel > 0)} to {numel}, got {k}")
@@ -177,7 +177,7 @@ def _float32(v: View) -> np.ndarray:
 
 
 def _address(x: np.ndarray | None) -> int:
-    return x.ctypes.data if x is not None else 0
+    return _arrays.address(x) if x is not None else 0
 
 
 def _cpu(

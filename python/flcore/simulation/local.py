@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flcore._extras import require
-from flcore.algorithms.base import Parameters, StepSpec, local_steps
+from flcore.algorithms.base import Parameters, StepSpec, local_steps, named_views
 from flcore.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -155,12 +155,7 @@ class LocalTrainer:
 
     def _named(self, vector: np.ndarray) -> Parameters:
         """Views of one vector, one for each parameter."""
-        named, first = {}, 0
-        for name, shape in self._shapes.items():
-            size = math.prod(shape)
-            named[name] = vector[first : first + size].reshape(shape)
-            first += size
-        return named
+        return named_views(vector, self._shapes)
 
 
 def _check_model(model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter]) -> None:

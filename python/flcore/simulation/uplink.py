@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flcore.algorithms.base import Parameters
+from flcore.algorithms.base import Parameters, named_views
 from flcore.compression import Encoder, Limits, Packet, PacketError
 from flcore.simulation.settings import Settings
 
@@ -70,12 +70,7 @@ class DenseUplink:
             raise PacketError(
                 f"message of client {client}: expected {4 * self._numel} bytes, got {len(message)}"
             )
-        values, update, first = np.frombuffer(message, dtype="<f4"), {}, 0
-        for name, shape in self._shapes.items():
-            size = int(np.prod(shape, dtype=np.int64))
-            update[name] = values[first : first + size].reshape(shape)
-            first += size
-        return update
+        return named_views(np.frombuffer(message, dtype="<f4"), self._shapes)
 
     def state_dict(self) -> State:
         """Give nothing: a dense uplink has no memory."""
