@@ -25,7 +25,7 @@ void launch_combine(const CombineArgs& args, int32_t* flags, int device, uintptr
 // args.flags: int32 [n] on the device, zeroed by the caller.
 void launch_nonfinite(const FiniteArgs& args, int device, uintptr_t stream);
 
-void launch_random(const RngArgs& args, bool uniform, int device, uintptr_t stream);
+void launch_random(const RngArgs& args, int form, int device, uintptr_t stream);  // RandomForm
 
 }  // namespace cuda
 }  // namespace flcore

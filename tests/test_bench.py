@@ -22,8 +22,9 @@ from flcore.bench import (
     select,
     timers,
 )
+from flcore.bench.intervals import median_interval
 from flcore.bench.results import SCHEMA
-from flcore.bench.timers import Contestant, HostTimer, VerificationError, median_interval
+from flcore.bench.timers import Contestant, HostTimer, VerificationError
 
 PLAN = Plan(budget_s=6.0, warmup_s=0.5)
 
@@ -94,6 +95,26 @@ def test_slow_contestants_get_fewer_rounds_but_never_less_than_seven():
     assert times.rounds("a") == PLAN.max_rounds
     assert times.rounds("slow") == PLAN.min_rounds < times.full_rounds
     assert times.ratio("slow").median == pytest.approx(200, rel=0.05)
+
+
+def test_calls_of_seconds_share_a_time_limit_and_get_at_least_three_rounds():
+    clock = FakeClock()
+    contestants = clock.contestant("a", 10), clock.contestant("slow", 3000)
+    times = paired(clock, *contestants, plan=replace(PLAN, budget_s=10.0, max_s=24.0))
+    assert times.rounds("a") == PLAN.max_rounds
+    assert times.rounds("slow") == 3  # 12 s are its share, a call takes 3 to 4.5 s
+    assert [name for name, _ in clock.calls].count("slow") == 1 + 1 + 3
+
+
+def test_a_peer_that_takes_too_long_is_not_timed():
+    clock = FakeClock()
+    contestants = clock.contestant("a", 10), clock.contestant("endless", 30_000)
+    times = paired(clock, *contestants, plan=replace(PLAN, max_s=60.0))
+    assert times.names == ["a"]
+    assert "s a call, too slow for 60 s a case" in times.refused["endless"]
+    # ours is the subject of the case, however long it takes
+    (ours,) = paired(clock, clock.contestant("ours", 30_000)).names
+    assert ours == "ours"
 
 
 def test_a_peer_with_a_wrong_result_is_not_timed():
@@ -183,7 +204,7 @@ def test_percent_of_bandwidth_is_paired_with_the_probe():
 
 def test_probes_read_and_copy_what_they_say():
     found = roofline.probes("cpu", 1, 2**16)
-    assert found.bytes_of == {roofline.READ: 2**16, roofline.COPY: 2**17}
+    assert found.amount_of == {roofline.READ: 2**16, roofline.COPY: 2**17}
     for contestant in found.contestants:
         assert contestant.kind == "probe"
         contestant.call(0)

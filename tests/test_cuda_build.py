@@ -32,7 +32,7 @@ def compiled(kernel, arguments, constants, **options):
     signature = {**arguments, **{name: "constexpr" for name in constants}}
     source = ASTSource(kernel, signature, constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    return re.findall(r"\\b(?:fma|mul|add|ld|st)\\.[a-z0-9.]+", ptx)
+    return re.findall(r"\\b(?:fma|mul|add|div|sqrt|ld|st)\\.[a-z0-9.]+", ptx)
 
 combine_arguments = {"table_ptr": "*i64", "flags_ptr": "*i32", "rows": "i32", "layers": "i32"}
 found = {}
@@ -44,9 +44,10 @@ for dtype, accumulate in ((1, 0), (3, 0), (0, 2)):
             combine.combine_kernel, combine_arguments, constants, **combine.OPTIONS)
 words = ("numel", "skip", "first_block", "k0", "k1", "tensor", "round", "client")
 rng_arguments = {"out_ptr": "*fp32", **{w: "i32" for w in words}}
-compiled(rng.random_kernel, rng_arguments, dict(UNIFORM=True, BLOCK=rng.BLOCK),
-         enable_fp_fusion=False)
-print(json.dumps(found))
+compiled(rng.random_kernel, rng_arguments, dict(FORM=1, BLOCK=rng.BLOCK), enable_fp_fusion=False)
+normal = compiled(rng.random_kernel, rng_arguments, dict(FORM=2, BLOCK=rng.BLOCK),
+                  enable_fp_fusion=False)
+print(json.dumps([found, normal]))
 """
 
 
@@ -62,7 +63,12 @@ def test_triton_kernels_compile_to_separate_products_and_sums():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for case, instructions in json.loads(done.stdout).items():
+    sums, normal = json.loads(done.stdout)
+    assert {i for i in normal if i.startswith(("fma", "div", "sqrt"))} == {
+        "div.rn.f32",
+        "sqrt.rn.f32",
+    }
+    for case, instructions in sums.items():
         dtype, _, aligned = case.split()
         assert not [i for i in instructions if i.startswith("fma")], case
         real = "f64" if dtype == "0" else "f32"
@@ -97,7 +103,7 @@ def test_calls_without_a_device_say_why():
         pytest.skip("there is a device")
     assert why
     with pytest.raises(RuntimeError, match=re.escape(why)):
-        _native.cuda.random(0, 4, False, 0, 0, 0, 0, 0, 0, 0)
+        _native.cuda.random(0, 4, 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="cuda"):
         _native.cuda.combine([0], [1.0], [4], [1], [], [0], 0, 1.0, 0, 0, 0)
 
@@ -107,7 +113,7 @@ def test_sizes_are_checked_before_a_launch():
     module = _native.cuda
     too_many = module.COMBINE_MAX_ROWS + 1
     for call, says in (
-        (lambda: module.random(0, 5, False, 0, 0, 0, 0, 2**34, 0, 0), "at most 2\\^34"),
+        (lambda: module.random(0, 5, 0, 0, 0, 0, 0, 2**34, 0, 0), "at most 2\\^34"),
         (
             lambda: module.combine(
                 [0] * too_many, [1.0] * too_many, [4], [1], [], [0], 0, 1.0, 0, 0, 0

@@ -8,7 +8,7 @@ import pytest
 from flcore import _variants
 from flcore.aggregation import Accumulator, Mean
 from flcore.errors import InvalidInputError, NonFiniteError
-from flcore.ops import combine, random_bits, random_uniform
+from flcore.ops import combine, random_bits, random_normal, random_uniform
 from support import DTYPES
 
 torch = pytest.importorskip("torch")
@@ -21,7 +21,7 @@ ACCUMULATE = ("float32", "float64", "reproducible")
 # and, the last one, enough tiles for every multiprocessor to take several.
 SIZES = (1, 2, 7, 9, 511, 512, 513, 1023, 1025, 2047, 2048, 2049, 1_500_001)
 ROWS = (1, 2, 4, 5, 8, 9, 17)  # around the four and eight rows that are loaded together
-FORMS = {torch.uint32: random_bits, torch.float32: random_uniform}
+FORMS = {random_bits: torch.uint32, random_uniform: torch.float32, random_normal: torch.float32}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -96,7 +96,7 @@ def test_small_calls_of_every_kernel(variant, accumulate, rng):
         on_gpu[3][7] = float("nan")
         with pytest.raises(NonFiniteError, match=r"updates\[3\]"):
             combine(on_gpu, [1, 1, 1, 1, 1], accumulate=accumulate, variant=variant)
-    for make in FORMS.values():
+    for make in FORMS:
         for offset in (0, 1):
             got = make(1001, 1, offset=offset, device=DEVICE, variant=variant)
             assert_same_bits(got, make(1001, 1, offset=offset, device="cpu"))
@@ -179,9 +179,9 @@ def test_indices_beyond_32_bits(variant):
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("dtype", FORMS)
-def test_random_values_have_the_bits_of_the_cpu_kernel(variant, dtype):
-    make = FORMS[dtype]
+@pytest.mark.parametrize("make", FORMS)
+def test_random_values_have_the_bits_of_the_cpu_kernel(variant, make):
+    dtype = FORMS[make]
     last = 2**32 - 1
     for name in (
         {"seed": 0},

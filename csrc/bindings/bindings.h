@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace flcore {
@@ -11,6 +12,10 @@ namespace flcore {
 void bind_aggregation(pybind11::module_& m);
 void bind_compression(pybind11::module_& m);
 void bind_rng(pybind11::module_& m);
+void bind_moments(pybind11::module_& m);
+void bind_mask(pybind11::module_& m);
+void bind_select(pybind11::module_& m);
+void bind_gram(pybind11::module_& m);
 
 // Addresses arrive as integers: Python owns allocation and validation, kernels get pointers.
 template <class T = void>
@@ -19,5 +24,19 @@ std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
   for (size_t i = 0; i < addresses.size(); ++i) p[i] = reinterpret_cast<T*>(addresses[i]);
   return p;
 }
+
+// Working memory of a kernel, on cache lines of its own; not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(static_cast<char*>(::operator new(size_t(bytes), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return memory_; }
+
+ private:
+  char* memory_;
+};
 
 }  // namespace flcore

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "api.h"
 #include "bindings/bindings.h"
@@ -93,7 +94,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                           threads);
       },
       py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
+  const auto arithmetic = [&](const char* name, int64_t (*ProbeFns::*probe)(int64_t, int, float*)) {
+    m.def(
+        name,
+        [probe](int64_t rounds, int threads) {
+          std::vector<float> sink(size_t(threads > 0 ? threads : 1));
+          py::gil_scoped_release nogil;
+          return (cpu().probe->*probe)(rounds, int(sink.size()), sink.data());
+        },
+        py::arg("rounds"), py::arg("threads"), "Returns the operations on one float32.");
+  };
+  arithmetic("probe_exchanges", &ProbeFns::exchanges);
+  arithmetic("probe_products", &ProbeFns::products);
+  arithmetic("probe_differences", &ProbeFns::differences);
   bind_aggregation(m);
   bind_compression(m);
   bind_rng(m);
+  bind_moments(m);
+  bind_mask(m);
+  bind_select(m);
+  bind_gram(m);
 }

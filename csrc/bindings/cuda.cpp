@@ -40,12 +40,13 @@ static void nonfinite(const Addresses& rows, int64_t n, const std::vector<int64_
   cuda::launch_nonfinite(args, device, stream);
 }
 
-static void fill_random(uintptr_t out, int64_t numel, bool uniform, uint64_t seed, uint32_t round,
+static void fill_random(uintptr_t out, int64_t numel, int form, uint64_t seed, uint32_t round,
                         uint32_t tensor, uint32_t client, int64_t offset, int device,
                         uintptr_t stream) {
+  FLCORE_CHECK(form >= 0 && form < RANDOM_FORM_COUNT, "form: unknown code ", form);
   const RngArgs args = random_args(out, numel, seed, round, tensor, client, offset, 1);
   py::gil_scoped_release nogil;
-  cuda::launch_random(args, uniform, device, stream);
+  cuda::launch_random(args, form, device, stream);
 }
 
 }  // namespace flcore
@@ -61,7 +62,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("nonfinite", &nonfinite, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
         py::arg("flags"), py::arg("device"), py::arg("stream"),
         "flags[i] = 1 for each row that holds a NaN or an infinity.");
-  m.def("random", &fill_random, py::arg("out"), py::arg("numel"), py::arg("uniform"), py::arg("seed"),
+  m.def("random", &fill_random, py::arg("out"), py::arg("numel"), py::arg("form"), py::arg("seed"),
         py::arg("round"), py::arg("tensor"), py::arg("client"), py::arg("offset"),
         py::arg("device"), py::arg("stream"),
         "A stretch of a Philox stream (kernels/rng.cu) into uint32 or float32.");

@@ -118,6 +118,8 @@ FLCORE_INLINE float load1(const void* p, int64_t i) {
     float f;
     __builtin_memcpy(&f, static_cast<const char*>(p) + 4 * i, 4);
     return f;
+  } else if (D == I8) {
+    return float(static_cast<const int8_t*>(p)[i]);
   } else {
     uint16_t h;
     __builtin_memcpy(&h, static_cast<const char*>(p) + 2 * i, 2);
@@ -146,6 +148,18 @@ FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
 #else
     const vu32 u = __builtin_convertvector(load<vu16h>(at), vu32) << 16;
     return (vf32)u;
+#endif
+  } else if constexpr (D == I8) {
+#if defined(__AVX512F__)
+    const __m512i q = _mm512_maskz_cvtepi8_epi32(__mmask16(0xffff), load<__m128i>(at));
+    return __builtin_convertvector((vi32)q, vf32);
+#elif defined(__AVX2__)
+    return __builtin_convertvector((vi32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)),
+                                   vf32);
+#else
+    vf32 v;
+    for (int k = 0; k < LANES; ++k) v[k] = load1<I8>(at, k);
+    return v;
 #endif
   } else {
 #if defined(__AVX512F__)
@@ -209,6 +223,55 @@ FLCORE_INLINE void store1(void* p, int64_t i, double x) {
     __builtin_memcpy(at, &x, 8);
   else
     store1<D>(p, i, D == F32 ? float(x) : f64_to_f32_odd(x));
+}
+
+// ---- loops whose index is a constant -----------------------------------------------------------
+
+// Arrays of vectors stay in registers only when every index is known when the loop is written out.
+template <int I>
+struct Const {
+  static constexpr int value = I;
+};
+
+#define FLCORE_LAMBDA __attribute__((always_inline))
+
+// body(Const<0>()), body(Const<1>()), .. , body(Const<N - 1>())
+template <int N, int FIRST = 0, class Body>
+FLCORE_INLINE void unroll(const Body& body) {
+  if constexpr (N == 1) {
+    body(Const<FIRST>());
+  } else if constexpr (N > 1) {
+    unroll<N / 2, FIRST>(body);
+    unroll<N - N / 2, FIRST + N / 2>(body);
+  }
+}
+
+// ---- LANES float32 or LANES64 float64 values into a storage type ------------------------------
+
+template <int D>
+FLCORE_INLINE void store_lanes(void* p, int64_t i, const vf32& x) {
+  char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F32) {
+    store(at, x);
+#if defined(__AVX512F__)
+  } else if constexpr (D == F16) {
+    store(at, _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  } else if constexpr (D == F16) {
+    store(at, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  } else {
+    for (int k = 0; k < LANES; ++k) store1<D>(at, k, x[k]);
+  }
+}
+
+template <int D>
+FLCORE_INLINE void store_lanes(void* p, int64_t i, const vf64& x) {
+  char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
+  if constexpr (D == F64)
+    store(at, x);
+  else
+    for (int k = 0; k < LANES64; ++k) store1<D>(at, k, double(x[k]));
 }
 
 }  // namespace FLCORE_ISA

@@ -1,7 +1,7 @@
 """flcore: the compute core of federated learning.
 
 Submodules are imported on first use, so that `import flcore` costs NumPy and the compiled core
-only: aggregation, algorithms, compression, ops, reference, simulation, bench.
+only: aggregation, algorithms, compression, ops, privacy, reference, simulation, bench.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "errors",
     "get_num_threads",
     "ops",
+    "privacy",
     "reference",
     "set_num_threads",
     "simulation",

@@ -8,6 +8,7 @@ tensor can only come from an imported torch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,11 @@ from flcore.errors import DTypeError, InvalidInputError
 
 __all__ = [
     "DTYPE_CODES",
+    "ROW_CODES",
     "View",
     "address",
     "is_array",
+    "overlap",
     "queue",
     "to_float64",
     "view",
@@ -27,6 +30,7 @@ __all__ = [
 ]
 
 DTYPE_CODES = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3}  # DType in csrc/api.h
+ROW_CODES = {**DTYPE_CODES, "int8": 4}  # what `combine` reads when the rows come with scales
 FLOATS = "float64, float32, float16 or bfloat16"
 
 
@@ -86,7 +90,7 @@ class View(NamedTuple):
     numel : int
         Number of elements.
     dtype : str
-        Key of `DTYPE_CODES`.
+        Key of `ROW_CODES`.
     device : str
         "cpu" or "cuda:<index>".
     array : array
@@ -102,21 +106,21 @@ class View(NamedTuple):
     @property
     def code(self) -> int:
         """The dtype's code in csrc/api.h."""
-        return DTYPE_CODES[self.dtype]
+        return ROW_CODES[self.dtype]
 
 
-def view(x: Any, name: str = "array") -> View:
+def view(x: Any, name: str = "array", codes: dict[str, int] = DTYPE_CODES) -> View:
     """View `x` for reading; data that is not contiguous and native is copied once.
 
     Raises
     ------
     DTypeError
-        `x` is not an array of a floating dtype that kernels can read.
+        `x` is not an array of a dtype among `codes`.
     """
     if isinstance(x, np.ndarray):
         dtype = dtype_name(x)
-        if dtype not in DTYPE_CODES:
-            raise DTypeError(f"{name}: expected {FLOATS}, got {dtype}")
+        if dtype not in codes:
+            raise DTypeError(f"{name}: expected {_either(codes)}, got {dtype}")
         if not (x.flags.c_contiguous and x.dtype.isnative):
             x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("="))
         return View(address(x) if x.size else 0, x.size, dtype, "cpu", x)
@@ -125,8 +129,8 @@ def view(x: Any, name: str = "array") -> View:
             f"{name}: expected a NumPy array or a torch tensor, got {type(x).__name__}"
         )
     dtype = dtype_name(x)
-    if dtype not in DTYPE_CODES:
-        raise DTypeError(f"{name}: expected {FLOATS}, got {dtype}")
+    if dtype not in codes:
+        raise DTypeError(f"{name}: expected {_either(codes)}, got {dtype}")
     torch = sys.modules["torch"]
     if x.layout != torch.strided or x.device.type not in ("cpu", "cuda"):
         raise DTypeError(
@@ -134,6 +138,11 @@ def view(x: Any, name: str = "array") -> View:
         )
     x = x.detach().contiguous()
     return View(address(x), x.numel(), dtype, str(x.device), x)
+
+
+def _either(codes: dict[str, int]) -> str:
+    *others, last = codes
+    return f"{', '.join(others)} or {last}"
 
 
 def writable_view(x: Any, name: str, like: View) -> View | None:
@@ -160,6 +169,23 @@ def writable_view(x: Any, name: str, like: View) -> View | None:
     return view(x, name) if x.is_contiguous() else None
 
 
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+def overlap(one: Iterable[View], other: Iterable[View]) -> bool:
+    """Whether any array of `one` shares a byte with any array of `other`."""
+
+    def spans(views: Iterable[View]) -> np.ndarray:
+        ends = [(v.ptr, v.ptr + v.numel * ITEMSIZE[v.dtype]) for v in views if v.numel]
+        return np.array(ends, dtype=np.uint64).reshape(-1, 2)
+
+    a, b = spans(one), spans(other)
+    # spans that begin before the end of x, less those that end before it begins, meet x
+    begun = np.searchsorted(np.sort(b[:, 0]), a[:, 1], side="left")
+    ended = np.searchsorted(np.sort(b[:, 1]), a[:, 0], side="right")
+    return bool((begun > ended).any())
+
+
 def to_float64(x: Any) -> np.ndarray:
     """Copy any array into a flat float64 NumPy array (for `reference/`)."""
     if not isinstance(x, np.ndarray):
@@ -177,12 +203,26 @@ def assign(target: Any, values: Any) -> None:
         target.detach().copy_(source.reshape(target.shape))
 
 
-def empty_like(x: Any) -> Any:
-    """Return an uninitialised contiguous array of the shape, dtype and device of `x`."""
+def empty_like(x: Any, dtype: str | None = None) -> Any:
+    """Return an uninitialised contiguous array of the shape, dtype (or `dtype`) and device of `x`.
+
+    Raises
+    ------
+    DTypeError
+        NumPy does not know the dtype: bfloat16, unless ml_dtypes is imported.
+    """
     if isinstance(x, np.ndarray):
-        return np.empty(x.shape, dtype=x.dtype.newbyteorder("="))
+        if dtype is None:
+            return np.empty(x.shape, dtype=x.dtype.newbyteorder("="))
+        try:
+            return np.empty(x.shape, dtype=dtype)
+        except TypeError:
+            raise DTypeError(
+                f"NumPy has no {dtype} of its own: import ml_dtypes first, or use torch tensors"
+            ) from None
     torch = sys.modules["torch"]
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kind = x.dtype if dtype is None else getattr(torch, dtype)
+    return torch.empty(x.shape, dtype=kind, device=x.device)
 
 
 def queue(device: str) -> tuple[int, int]:

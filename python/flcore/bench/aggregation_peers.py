@@ -7,36 +7,19 @@ not timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
+from flcore.bench.byzfl_peer import byzfl_aggregators
 from flcore.bench.cases import Setup
 from flcore.bench.environment import BLAS_SPIN_S, optional
+from flcore.bench.field import Absent, Field
 from flcore.bench.timers import Contestant
-from flcore.bench.updates import UNIT_ROUNDOFF, Updates, to_numpy
+from flcore.bench.updates import UNIT_ROUNDOFF, Updates
 
 __all__ = ["mean_peers", "streaming_peers"]
-
-Absent = dict[str, str]
-
-
-class _Field:
-    """Collects peers and the reasons of the absent ones."""
-
-    def __init__(self) -> None:
-        self.peers: list[Contestant] = []
-        self.absent: Absent = {}
-
-    def add(
-        self, name: str, call: Callable[[int], Any], matches: Any = None, rest_s: float = 0.0
-    ) -> None:
-        self.peers.append(Contestant(name, call, to_numpy, matches=matches, rest_s=rest_s))
-
-    def leave_out(self, reason: str, *names: str) -> None:
-        self.absent |= dict.fromkeys(names, reason)
 
 
 def _as_torch(torch: Any, matrix: Any) -> Any:
@@ -45,7 +28,7 @@ def _as_torch(torch: Any, matrix: Any) -> Any:
 
 def mean_peers(data: Updates, setup: Setup) -> tuple[list[Contestant], Absent]:
     """Peers for the mean of resident updates, flat or in layers."""
-    field = _Field()
+    field = Field()
     if data.shapes is None:
         _numpy_flat(field, data, setup)
         _torch_flat(field, data, setup)
@@ -64,7 +47,7 @@ def _numpy_cannot(data: Updates, setup: Setup) -> str | None:
     return "no bfloat16 in NumPy" if data.dtype == "bfloat16" else None
 
 
-def _numpy_flat(field: _Field, data: Updates, setup: Setup) -> None:
+def _numpy_flat(field: Field, data: Updates, setup: Setup) -> None:
     names = "numpy reduce(np.add, [x * w ...])", "numpy weights @ stacked"
     if reason := _numpy_cannot(data, setup):
         return field.leave_out(reason, *names)
@@ -85,7 +68,7 @@ def _half_check(data: Updates) -> Any:
     return None if data.dtype == "float32" else data.check(UNIT_ROUNDOFF[data.dtype])
 
 
-def _torch_flat(field: _Field, data: Updates, setup: Setup) -> None:
+def _torch_flat(field: Field, data: Updates, setup: Setup) -> None:
     matmul, widened = "torch weights @ stacked", "torch weights @ stacked.float()"
     foreach, compiled = "torch _foreach_add_", "torch.compile of sum(w * x)"
     torch, reason = optional("torch")
@@ -126,7 +109,7 @@ def _torch_flat(field: _Field, data: Updates, setup: Setup) -> None:
     field.add(compiled, lambda slot: fused(rows[slot], factors))
 
 
-def _numpy_layers(field: _Field, data: Updates, setup: Setup) -> None:
+def _numpy_layers(field: Field, data: Updates, setup: Setup) -> None:
     name = "numpy reduce(np.add, [x * w ...]) per layer"
     if reason := _numpy_cannot(data, setup):
         return field.leave_out(reason, name)
@@ -139,7 +122,7 @@ def _numpy_layers(field: _Field, data: Updates, setup: Setup) -> None:
     field.add(name, per_layer)
 
 
-def _torch_layers(field: _Field, data: Updates, setup: Setup) -> None:
+def _torch_layers(field: Field, data: Updates, setup: Setup) -> None:
     names = "torch _foreach_add_", "torch stack and tensordot per layer"
     torch, reason = optional("torch")
     if torch is None:
@@ -163,11 +146,11 @@ def _torch_layers(field: _Field, data: Updates, setup: Setup) -> None:
     field.add(names[1], stack)
 
 
-def _byzfl(field: _Field, data: Updates, setup: Setup) -> None:
+def _byzfl(field: Field, data: Updates, setup: Setup) -> None:
     name = "byzfl Average (unweighted)"
     if data.shapes is not None:
         return field.leave_out("takes flat vectors only", name)
-    byzfl, reason = optional("byzfl")
+    byzfl, reason = byzfl_aggregators()
     if byzfl is None:
         return field.leave_out(reason, name)
     average = byzfl.Average()
@@ -177,7 +160,7 @@ def _byzfl(field: _Field, data: Updates, setup: Setup) -> None:
     field.add(name, lambda slot: average(data.stacked[slot]), check)
 
 
-def _flower(field: _Field, data: Updates, setup: Setup) -> None:
+def _flower(field: Field, data: Updates, setup: Setup) -> None:
     name = "flwr aggregate"
     if data.dtype != "float32" or setup.device != "cpu":
         return field.leave_out("takes NumPy arrays only", name)
@@ -196,7 +179,7 @@ def _flower(field: _Field, data: Updates, setup: Setup) -> None:
 
 def streaming_peers(data: Updates, setup: Setup) -> tuple[list[Contestant], Absent]:
     """Peers for the streaming mean of flat updates."""
-    field = _Field()
+    field = Field()
     numpy_name, torch_name = "numpy acc += w * x", "torch acc.add_(x, alpha=w)"
     weights = [float(q) for q in data.weights]
     total_weight = sum(weights)

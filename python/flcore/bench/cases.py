@@ -2,8 +2,8 @@
 
 A `Case` says in words and numbers what is measured and builds a `Workload`: inputs, contestants
 and the check against the reference.  Case families live in one module each (`aggregation`,
-`compression`); to add a case, append a `Case` to the list `CASES` of its family, to add a family,
-name its module in `FAMILIES`.
+`compression`, `rules`); to add a case, append a `Case` to the list `CASES` of its family, to add a
+family, name its module in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = [
 FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
+    "rules": "flcore.bench.rules",
+    "secure": "flcore.bench.secure",
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 __all__ = [
     "BLAS_SPIN_S",
     "VERSIONS_OF",
+    "build_to_time",
     "cpu_name",
     "last_level_cache_bytes",
     "machine",
@@ -27,7 +28,7 @@ __all__ = [
 # The threads of NumPy's OpenBLAS spin on after a call; 103 ms of a core were measured.
 BLAS_SPIN_S = 0.12
 
-VERSIONS_OF = ("numpy", "torch", "triton", "byzfl", "flwr", "pytest-benchmark")
+VERSIONS_OF = ("numpy", "torch", "triton", "byzfl", "flwr", "pytest-benchmark", "cryptography")
 
 # Assumed where the system does not tell: large enough for today's desktop and most server parts.
 _DEFAULT_CACHE_BYTES = 64 * 2**20
@@ -61,6 +62,25 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def build_to_time(tiny: bool) -> dict[str, Any]:
+    """Return `flcore.build_info()`.
+
+    Raises
+    ------
+    RuntimeError
+        With a debug build, unless `tiny`: its times would say nothing.
+    """
+    import flcore
+
+    build_info = flcore.build_info()
+    if build_info["debug"] and not tiny:
+        raise RuntimeError(
+            "this is a debug or sanitizer build, whose times say nothing: "
+            "reinstall without FLCORE_DEBUG, or pass --tiny to check that the cases run"
+        )
+    return build_info
 
 
 def cpu_name() -> str:

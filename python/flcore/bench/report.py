@@ -7,13 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcore.bench.intervals import Interval
 from flcore.bench.results import CaseResult, ContestantResult, Report
-from flcore.bench.timers import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["markdown", "terminal_table", "write_json", "write_markdown"]
+    from flcore.bench.scaling import Scaling
+
+__all__ = [
+    "conditions",
+    "markdown",
+    "markdown_row",
+    "markdown_rule",
+    "terminal_table",
+    "write_json",
+    "write_markdown",
+]
 
 
 # ---- words and numbers ---------------------------------------------------------------------------
@@ -65,17 +75,17 @@ def _state(case: CaseResult) -> str:
     return f"{case.dtype}, {case.state}, {where}"
 
 
-def _versions(report: Report) -> str:
+def _versions(report: Report | Scaling) -> str:
     return ", ".join(f"{k} {v or 'not installed'}" for k, v in report.versions.items())
 
 
-def _hardware(report: Report) -> str:
+def _hardware(report: Report | Scaling) -> str:
     facts = report.machine
     cpu = f"{facts['cpu']}, {facts['cpus']} CPUs"
     return f"{facts['gpu']}, {cpu}" if "gpu" in facts else cpu
 
 
-def _threads(report: Report) -> str:
+def _threads(report: Report | Scaling) -> str:
     return ", ".join(f"{k} {v}" for k, v in report.settings["threads"].items())
 
 
@@ -151,18 +161,21 @@ def write_markdown(report: Report, path: str | Path) -> None:
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown: conditions, one summary table, one table a case."""
-    return "\n".join([*_conditions(report), "", *_summary(report), "", *_details(report)])
+    return "\n".join([*conditions(report), "", *_summary(report), "", *_details(report)])
 
 
-def _row(*cells: Any) -> str:
+def markdown_row(*cells: Any) -> str:
+    """Return one row of a Markdown table."""
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _rule(alignment: str) -> str:
-    return _row(*("---:" if side == "r" else "---" for side in alignment))
+def markdown_rule(alignment: str) -> str:
+    """Return the row under the head, from a letter a column: r right, anything else left."""
+    return markdown_row(*("---:" if side == "r" else "---" for side in alignment))
 
 
-def _conditions(report: Report) -> Iterator[str]:
+def conditions(report: Report | Scaling) -> Iterator[str]:
+    """Yield the lines about machine, software and threads that belong above every table."""
     yield f"{_hardware(report)}; {report.machine['system']}; Python {report.machine['python']}; "
     yield f"{_versions(report)}.  Threads: {_threads(report)}.  {report.created}."
     if report.settings["tiny"]:
@@ -171,17 +184,17 @@ def _conditions(report: Report) -> Iterator[str]:
 
 
 def _summary(report: Report) -> Iterator[str]:
-    yield _row(
+    yield markdown_row(
         *("operation", "inputs", "flcore ms", "best peer", "peer ms", "ratio, 95 % interval"),
         *("GB/s", "% of copy", "% of read"),
     )
-    yield _rule("llrlrrrrr")
+    yield markdown_rule("llrlrrrrr")
     for case in report.cases:
         if case.ours is None:
-            yield _row(case.title, _state(case), f"{case.status}: {case.reason}", *[""] * 6)
+            yield markdown_row(case.title, _state(case), f"{case.status}: {case.reason}", *[""] * 6)
             continue
         peer = case.best_peer()
-        yield _row(
+        yield markdown_row(
             case.title,
             _state(case),
             _ms(case.ours.median_ms),
@@ -207,9 +220,9 @@ def _details(report: Report) -> Iterator[str]:
         if case.note:
             yield case.note
         yield ""
-        yield _row("contestant", "ms", "20 to 80 %", "ratio, 95 % interval", "rounds")
-        yield _rule("lrrrr")
+        yield markdown_row("contestant", "ms", "20 to 80 %", "ratio, 95 % interval", "rounds")
+        yield markdown_rule("lrrrr")
         for c in case.contestants:
             spread = f"{_ms(c.low_ms)} to {_ms(c.high_ms)}" if c.status == "timed" else ""
-            yield _row(f"`{c.name}`", _time_cell(c), spread, _ratio(c), _rounds_cell(c))
+            yield markdown_row(f"`{c.name}`", _time_cell(c), spread, _ratio(c), _rounds_cell(c))
         yield ""

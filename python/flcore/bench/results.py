@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flcore.bench.timers import Interval
+from flcore.bench.intervals import Interval
 
 __all__ = ["SCHEMA", "CaseResult", "ContestantResult", "Report"]
 

@@ -9,6 +9,13 @@ the same number of threads.
 
 Both buffers are far larger than any cache and touched before they are timed.  GB/s are 1e9 bytes
 per second.
+
+`arithmetic` adds what the vector units do with values in registers and first-level cache, for
+kernels that compute a lot with each byte:
+
+* exchanges: minimum and maximum of two values, the step of a sorting network,
+* products: `s += a * b`, the step of a weighted sum,
+* differences: `s += (a - b)**2`, the step of a squared distance.
 """
 
 from __future__ import annotations
@@ -19,32 +26,48 @@ from typing import Any
 
 import numpy as np
 
-from flcore.bench.timers import Contestant, Interval, PairedTimes
+from flcore.bench.intervals import Interval, PairedTimes
+from flcore.bench.timers import Contestant
 
-__all__ = ["PROBE_BYTES", "Roofline", "percent_of", "probes"]
+__all__ = [
+    "COPY",
+    "DIFFERENCES",
+    "EXCHANGES",
+    "PROBE_BYTES",
+    "PRODUCTS",
+    "READ",
+    "Roofline",
+    "arithmetic",
+    "percent_of",
+    "probes",
+]
 
 PROBE_BYTES = 256_000_000
 READ, COPY = "read bandwidth", "copy bandwidth"
+EXCHANGES, PRODUCTS, DIFFERENCES = "exchanges", "products", "differences"
+
+# Of the arithmetic probes: about a millisecond a call.
+PROBE_ROUNDS = 200_000
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """The two probes of a run.
+    """Probes of a run.
 
     Attributes
     ----------
     contestants : tuple of Contestant
         To be appended to the contestants of every case.
-    bytes_of : dict
-        Bytes that one call of each probe counts, by name.
+    amount_of : dict
+        Bytes, or operations, that one call of each probe counts, by name.
     """
 
     contestants: tuple[Contestant, ...]
-    bytes_of: dict[str, int]
+    amount_of: dict[str, int]
 
     def gigabytes_per_second(self, times: PairedTimes, name: str) -> float:
         """Median bandwidth of the probe `name` in the rounds of one case."""
-        return self.bytes_of[name] / times.quantiles(name)[1] / 1e9
+        return self.amount_of[name] / times.quantiles(name)[1] / 1e9
 
 
 def percent_of(roofline: Roofline, probe: str, times: PairedTimes, moved: int) -> Interval:
@@ -55,7 +78,7 @@ def percent_of(roofline: Roofline, probe: str, times: PairedTimes, moved: int) -
     moved : int
         Bytes that the yardstick (the first contestant of `times`) must move in one call.
     """
-    return times.ratio(probe).scaled(100.0 * moved / roofline.bytes_of[probe])
+    return times.ratio(probe).scaled(100.0 * moved / roofline.amount_of[probe])
 
 
 def probes(device: str, threads: int, nbytes: int = PROBE_BYTES) -> Roofline:
@@ -82,7 +105,32 @@ def probes(device: str, threads: int, nbytes: int = PROBE_BYTES) -> Roofline:
             Contestant(READ, read, to_numpy=_no_result, matches=_unchecked, kind="probe"),
             Contestant(COPY, copy, to_numpy=_no_result, matches=_unchecked, kind="probe"),
         ),
-        bytes_of={READ: nbytes, COPY: 2 * nbytes},
+        amount_of={READ: nbytes, COPY: 2 * nbytes},
+    )
+
+
+def arithmetic(threads: int, rounds: int = PROBE_ROUNDS) -> Roofline:
+    """Return the arithmetic probes of the host, float32 at the instruction-set level in use."""
+    from flcore._native import core
+
+    calls = {
+        EXCHANGES: core.probe_exchanges,
+        PRODUCTS: core.probe_products,
+        DIFFERENCES: core.probe_differences,
+    }
+
+    def contestant(name: str) -> Contestant:
+        return Contestant(
+            name,
+            lambda slot: calls[name](rounds, threads),
+            to_numpy=_no_result,
+            matches=_unchecked,
+            kind="probe",
+        )
+
+    return Roofline(
+        contestants=tuple(contestant(name) for name in calls),
+        amount_of={name: call(rounds, threads) for name, call in calls.items()},
     )
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from flcore.bench import environment
 from flcore.bench.cases import Case, Setup, Workload
+from flcore.bench.intervals import PairedTimes
 from flcore.bench.results import CaseResult, ContestantResult, Report
 from flcore.bench.roofline import COPY, PROBE_BYTES, READ, Roofline, percent_of, probes
-from flcore.bench.timers import HostTimer, PairedTimes, Plan, Timer, run_paired
+from flcore.bench.timers import HostTimer, Plan, Timer, run_paired
 
 __all__ = ["Progress", "run", "run_case"]
 
@@ -43,14 +44,7 @@ def run(
     RuntimeError
         With a debug build, unless `setup.tiny`: its times would say nothing.
     """
-    import flcore
-
-    build_info = flcore.build_info()
-    if build_info["debug"] and not setup.tiny:
-        raise RuntimeError(
-            "this is a debug or sanitizer build, whose times say nothing: "
-            "reinstall without FLCORE_DEBUG, or pass --tiny to check that the cases run"
-        )
+    build_info = environment.build_to_time(setup.tiny)
     plan = plan or Plan()
     tell = progress or (lambda *state: None)
     with environment.threads_set_to(setup.threads) as given:

@@ -14,27 +14,29 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from flcore.bench.intervals import PairedTimes
+
 __all__ = [
     "Contestant",
     "HostTimer",
-    "Interval",
-    "PairedTimes",
     "Plan",
     "Timer",
     "VerificationError",
-    "median_interval",
     "run_paired",
 ]
 
 
 # Calls of a few microseconds may never settle within 5 %.
 MAX_WARM_UP_CALLS = 500
+
+# A median of fewer says nothing about the spread.
+FEWEST_ROUNDS = 3
 
 
 class VerificationError(AssertionError):
@@ -121,6 +123,11 @@ class Plan:
         when it is too slow for its share of the budget.
     max_rounds : int
         Fast contestants use up their share of the budget until this number.
+    max_s : float
+        Seconds of timed calls that a case may take when calls are so slow that `min_rounds` would
+        exceed the budget; also shared equally.  Beyond its share of this a contestant gets fewer
+        rounds than `min_rounds`, but never under three; a peer of which three calls exceed all of
+        it is not timed.
     seed : int
         Of the order within the rounds and of the bootstrap.
     """
@@ -130,106 +137,25 @@ class Plan:
     rounds: int = 30
     min_rounds: int = 7
     max_rounds: int = 200
+    max_s: float = 60.0
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Plan:
         """For a look in passing: about a second a case, wide intervals."""
-        return cls(budget_s=1.5, warmup_s=0.2, max_rounds=30)
+        return cls(budget_s=1.5, warmup_s=0.2, max_rounds=30, max_s=15.0)
 
     def rounds_for(self, seconds_per_call: float, contestants: int) -> int:
         """Return the rounds that fit into one contestant's share of the budget."""
-        fits = self.budget_s / contestants / max(seconds_per_call, 1e-9)
-        return int(min(max(fits, self.min_rounds), self.max_rounds))
+        calls_per_s = 1 / (contestants * max(seconds_per_call, 1e-9))
+        least = max(min(self.min_rounds, self.max_s * calls_per_s), FEWEST_ROUNDS)
+        return int(min(max(self.budget_s * calls_per_s, least), self.max_rounds))
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A median with its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def contains(self, value: float) -> bool:
-        """Whether `value` lies within the interval."""
-        return self.low <= value <= self.high
-
-    def scaled(self, factor: float) -> Interval:
-        """All three numbers times a positive `factor`."""
-        return Interval(self.median * factor, self.low * factor, self.high * factor)
-
-
-def median_interval(
-    values: np.ndarray, seed: int = 0, level: float = 0.95, resamples: int = 2000
-) -> Interval:
-    """Median of `values` and its percentile-bootstrap interval.
-
-    Parameters
-    ----------
-    values : (n,) array, n >= 1
-    seed : int
-        The interval is a function of the values and this number alone.
-    level : float
-        Probability mass of the interval.
-    resamples : int
-        Number of bootstrap samples.
-
-    Raises
-    ------
-    ValueError
-        If `values` is empty.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.size == 0:
-        raise ValueError("values: expected at least one number, got none")
-    draws = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
-    medians = np.median(values[draws], axis=1)
-    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.median(values)), float(low), float(high))
-
-
-@dataclass
-class PairedTimes:
-    """What `run_paired` measured.
-
-    Attributes
-    ----------
-    names : list of str
-        Contestants that were timed; the first one is the yardstick of all ratios.
-    seconds : (contestants, rounds) float64
-        NaN where a slow contestant sat a round out.
-    refused : dict
-        Contestants that were not timed, with the reason.
-    full_rounds : int
-        Rounds the plan asks for; a contestant with fewer was too slow for its share.
-    """
-
-    names: list[str]
-    seconds: np.ndarray
-    refused: dict[str, str] = field(default_factory=dict)
-    full_rounds: int = 30
-    seed: int = 0
-
-    def _row(self, name: str) -> np.ndarray:
-        return self.seconds[self.names.index(name)]
-
-    def rounds(self, name: str) -> int:
-        """Count the rounds in which `name` took part."""
-        return int(np.isfinite(self._row(name)).sum())
-
-    def quantiles(self, name: str) -> tuple[float, float, float]:
-        """Return the 20, 50 and 80 % quantiles of the seconds of one call."""
-        low, median, high = np.nanquantile(self._row(name), [0.2, 0.5, 0.8])
-        return float(low), float(median), float(high)
-
-    def ratio(self, name: str, to: str | None = None) -> Interval:
-        """Time of `name` over the time of `to` (default: the first), paired within rounds.
-
-        Above 1 means that `to` is faster.
-        """
-        pair_ratios = self._row(name) / self._row(self.names[0] if to is None else to)
-        return median_interval(pair_ratios[np.isfinite(pair_ratios)], self.seed)
+    def too_slow(self, seconds_per_call: float) -> str | None:
+        """Return why a peer is too slow to be timed, or None."""
+        if FEWEST_ROUNDS * seconds_per_call <= self.max_s:
+            return None
+        return f"{seconds_per_call:.0f} s a call, too slow for {self.max_s:.0f} s a case"
 
 
 def _problem(
@@ -248,10 +174,40 @@ def _problem(
     return None
 
 
+def _verify(
+    contestants: Sequence[Contestant],
+    matches: Callable[[int, np.ndarray], str | None],
+    slots: Sequence[int],
+    tell: Callable[[str, float], None],
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Split the contestants into those with right results and, with reasons, the others."""
+    admitted: list[Contestant] = []
+    refused: dict[str, str] = {}
+    for number, contestant in enumerate(contestants):
+        tell(f"verify {contestant.name}", 0.0)
+        try:
+            problem = _problem(contestant, matches, slots)
+        except Exception as error:
+            if number == 0:
+                raise
+            # a peer may fail for its own reasons (no compiler, no memory): that goes on record
+            problem = (
+                f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
+        if problem is None:
+            admitted.append(contestant)
+        elif number == 0:
+            raise VerificationError(f"{contestant.name}: {problem}")
+        else:
+            refused[contestant.name] = problem
+    return admitted, refused
+
+
 def _warm_up(measure_next: Callable[[], float], limit_s: float) -> float:
     """Call until the last ten calls agree within 5 % with the ten before; median of the last ten.
 
-    Stops at `limit_s` seconds or 500 calls, and never before the second call.
+    Stops at `limit_s` seconds or 500 calls.  Only a call that takes longer than that is not
+    repeated: the verification has called it before.
     """
     times: list[float] = []
     while True:
@@ -259,7 +215,9 @@ def _warm_up(measure_next: Callable[[], float], limit_s: float) -> float:
         recent = float(np.median(times[-10:]))
         if len(times) >= 20 and abs(recent / float(np.median(times[-20:-10])) - 1) <= 0.05:
             return recent
-        if len(times) >= 2 and (sum(times) >= limit_s or len(times) >= MAX_WARM_UP_CALLS):
+        if sum(times) >= limit_s and (len(times) >= 2 or times[0] > limit_s):
+            return recent
+        if len(times) >= MAX_WARM_UP_CALLS:
             return recent
 
 
@@ -314,26 +272,7 @@ def run_paired(
     timer = timer or HostTimer()
     tell = progress or (lambda stage, fraction: None)
 
-    admitted: list[Contestant] = []
-    refused: dict[str, str] = {}
-    for number, contestant in enumerate(contestants):
-        tell(f"verify {contestant.name}", 0.0)
-        try:
-            problem = _problem(contestant, matches, verify_slots)
-        except Exception as error:
-            if number == 0:
-                raise
-            # a peer may fail for its own reasons (no compiler, no memory): that goes on record
-            problem = (
-                f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            )
-        if problem is None:
-            admitted.append(contestant)
-        elif number == 0:
-            raise VerificationError(f"{contestant.name}: {problem}")
-        else:
-            refused[contestant.name] = problem
-
+    admitted, refused = _verify(contestants, matches, verify_slots, tell)
     used = 0
 
     def measure(contestant: Contestant) -> float:
@@ -344,13 +283,19 @@ def run_paired(
             contestant.call(slot)
         return timer.measure(contestant.call, slot)
 
-    wanted = []
-    for contestant in admitted:
+    per_call = []
+    for contestant in tuple(admitted):
         tell(f"warm up {contestant.name}", 0.0)
-        per_call = _warm_up(partial(measure, contestant), plan.warmup_s)
+        seconds_per_call = _warm_up(partial(measure, contestant), plan.warmup_s)
         time.sleep(contestant.rest_s)
-        wanted.append(plan.rounds_for(per_call, len(admitted)))
+        reason = plan.too_slow(seconds_per_call)
+        if reason and contestant.kind == "peer" and contestant is not contestants[0]:
+            admitted.remove(contestant)
+            refused[contestant.name] = reason
+        else:
+            per_call.append(seconds_per_call)
 
+    wanted = [plan.rounds_for(seconds_per_call, len(admitted)) for seconds_per_call in per_call]
     total = max(wanted)
     wanted[0] = total
     seconds = np.full((len(admitted), total), np.nan)

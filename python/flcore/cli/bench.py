@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flcore.bench import Case
+    from flcore.bench import Case, Plan, Setup
     from flcore.bench.runner import Progress as Tell
 
 __all__ = ["bench"]
@@ -23,16 +24,26 @@ __all__ = ["bench"]
 # A redraw every fifth of a second costs nothing measurable and is smooth enough.
 REDRAW_S = 0.2
 
+# Not a family of cases: one table of all rules against the number of clients.
+SCALING = "scaling"
+
 
 def bench(
     family: Annotated[
-        str | None, typer.Argument(help="A family or one case; everything if left out.")
+        str | None,
+        typer.Argument(
+            help="A family or one case; everything if left out. "
+            "'scaling': the rules against the number of clients."
+        ),
     ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write all numbers to this file.")
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", help="Write tables in Markdown to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="scaling: draw into this file (svg, png).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
@@ -45,6 +56,10 @@ def bench(
         bool,
         typer.Option("--tiny", help="Small inputs: checks that all runs; the times mean nothing."),
     ] = False,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Timed seconds a case with slow contestants may take."),
+    ] = None,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="With torch.compile peers (slow to start)."),
@@ -65,6 +80,16 @@ def bench(
     from flcore.bench.environment import thread_count
 
     console = Console()
+    plan = Plan.quick() if quick or tiny else Plan()
+    if max_seconds is not None:
+        plan = replace(plan, max_s=max_seconds)
+    if family == SCALING:
+        if device != "cpu":
+            raise typer.BadParameter("scaling runs on the cpu", param_hint="--device")
+        setup = Setup(threads=thread_count(threads), tiny=tiny)
+        return _scaling(console, setup, plan, json, markdown, plot)
+    if plot is not None:
+        raise typer.BadParameter(f"only {SCALING!r} has a plot", param_hint="--plot")
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     try:
@@ -84,7 +109,7 @@ def bench(
         compiled=not (quick or tiny) if compiled is None else compiled,
     )
     with _progress_bar(len(cases)) as tell:
-        report = run(cases, setup, Plan.quick() if quick or tiny else Plan(), tell)
+        report = run(cases, setup, plan, tell)
     console.print(terminal_table(report))
     if json is not None:
         write_json(report, json)
@@ -94,6 +119,28 @@ def bench(
         names = ", ".join(case.name for case in report.failed())
         Console(stderr=True).print(f"[red]failed:[/red] {names}")
         raise typer.Exit(1)
+
+
+def _scaling(
+    console: Console,
+    setup: Setup,
+    plan: Plan,
+    json: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+) -> None:
+    from flcore.bench import scaling_report as report
+    from flcore.bench.scaling import run_scaling
+
+    with _progress_bar(None) as tell:
+        scaling = run_scaling(setup, plan, tell)
+    console.print(report.scaling_table(scaling))
+    if json is not None:
+        report.write_scaling_json(scaling, json)
+    if markdown is not None:
+        markdown.write_text(report.scaling_markdown(scaling))
+    if plot is not None:
+        report.draw(scaling, plot)
 
 
 def _require_gpu() -> None:
@@ -118,7 +165,7 @@ def _case_table(cases: list[Case]) -> Table:
 
 
 @contextmanager
-def _progress_bar(total: int) -> Iterator[Tell]:
+def _progress_bar(total: int | None) -> Iterator[Tell]:
     """Draw a bar that is only redrawn between timed calls, never by a thread beside them."""
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -141,7 +188,7 @@ def _progress_bar(total: int) -> Iterator[Tell]:
             return
         shown, drawn_at = (name, stage), now
         done = f" {fraction:.0%}" if fraction else ""
-        bar.update(task, completed=number, description=f"{name}: {stage}{done}")
+        bar.update(task, completed=number, total=count, description=f"{name}: {stage}{done}")
         bar.refresh()
 
     with bar:

@@ -12,6 +12,7 @@ import numpy as np
 from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError, NonFiniteError
+from flcore.ops._combine_scales import parse_scales, row_weights, scaled_result
 
 __all__ = ["ACCUMULATE", "NONFINITE", "combine"]
 
@@ -23,6 +24,7 @@ def combine(
     updates: Any,
     weights: Sequence[float],
     *,
+    scales: Any = None,
     out: Any = None,
     accumulate: str = "float32",
     nonfinite: str = "raise",
@@ -42,9 +44,14 @@ def combine(
         CUDA) of float64, float32, float16 or bfloat16, alike in structure, shapes and dtypes.
     weights : (n,) numbers
         Finite, any sign.
+    scales : (n,) or (n, layers) numbers, optional
+        Factors that come with the updates, one a client or one a layer: the value of a row is
+        ``scale * stored``. Layers may then be int8, too. ``weight * scale`` is rounded once to the
+        type of the sums. A NaN or infinite scale counts as a non-finite update.
     out : update, optional
         Where the result goes; same structure, shapes and dtypes as one update. It may be one of
-        the updates. Nothing is written when the call raises.
+        the updates. Nothing is written when the call raises. For int8 layers it is of any floating
+        dtype (without `out` the result is float32).
     accumulate : {"float32", "float64", "reproducible"}
         Type of the sums. float64 layers always use float64 at least. "reproducible" gives the same
         bits for any order of the clients: sums on an absolute grid, exact to 2^-74 a term, for
@@ -88,7 +95,7 @@ def combine(
     AISTATS 2017.
     """
     layout, rows = _updates.parse_updates(updates)
-    if out is None and variant is None and _needs_torch_op(rows):
+    if scales is None and out is None and variant is None and _needs_torch_op(rows):
         from flcore import _torch_ops  # comes back here without gradients, a layer at a time
 
         layers = _torch_ops.combine_layers(
@@ -97,7 +104,8 @@ def combine(
         return layout.build(layers)
     _check_options(accumulate, nonfinite, divisor)
     w = _updates.parse_weights(weights, len(rows), signed=True)
-    targets = None if out is None else layout.layers(out, "out")
+    factors = None if scales is None else parse_scales(scales, len(rows), len(layout.specs))
+    targets = None if out is None else layout.layers(out, "out", dtypes=scales is None)
     layers = combine_layers(
         rows,
         lambda keep: [w[i] if i in keep else 0.0 for i in range(len(w))],
@@ -107,6 +115,7 @@ def combine(
         nonfinite=nonfinite,
         divisor=lambda keep: divisor,
         variant=variant,
+        scales=factors,
     )
     return out if out is not None else layout.build(layers)
 
@@ -121,28 +130,24 @@ def combine_layers(
     nonfinite: str,
     divisor: Callable[[set[int]], float],
     variant: str | None,
+    scales: np.ndarray | None = None,
 ) -> list[Any]:
     """Sum parsed rows `[n][layers]`; the core of `combine` and of `Mean`.
 
     `weights(keep)` and `divisor(keep)` say how the clients in `keep` are weighted: the mean
-    normalises again when a client is left out, the plain sum does not.
+    normalises again when a client is left out, the plain sum does not. `scales`: (n, layers).
     """
-    keep = set(range(len(rows)))
-    views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(rows)]
+    codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
+    views = [layout.views(row, f"updates[{i}]", codes) for i, row in enumerate(rows)]
     device = one_device(views[0])
-    targets, writes_through = _targets(views[0], rows[0], out, layout, nonfinite)
-    function = _variants.choose("combine", device, variant)
-    while True:
-        w = weights(keep)
-        active = [i for i in range(len(rows)) if w[i] != 0]
-        if accumulate == "reproducible" and len(active) > _native.core.BIN_MAX_TERMS:
-            raise InvalidInputError(
-                f"updates: reproducible sums take at most {_native.core.BIN_MAX_TERMS} clients, "
-                f"got {len(active)}; merge partial results of Accumulator in float64 instead"
-            )
-        flags = function(
+    like = views[0] if scales is None else scaled_result(views[0], out)
+    targets, writes_through = _targets(like, rows[0], out, layout, nonfinite)
+    function = _variants.choose("combine" if scales is None else "combine_scaled", device, variant)
+
+    def run(keep: set[int], active: list[int], w: Sequence[float]) -> int:
+        return function(
             [views[i] for i in active],
-            [w[i] for i in active],
+            row_weights(w, active, scales),
             layers=views[0],
             state=None,
             out=targets,
@@ -150,10 +155,60 @@ def combine_layers(
             divisor=divisor(keep),
             check=nonfinite != "propagate" or accumulate == "reproducible",
         )
-        bad = explain(flags, [views[i] for i in active], device, variant, nonfinite, accumulate)
+
+    settle(
+        run,
+        views,
+        weights,
+        scales=scales,
+        device=device,
+        variant=variant,
+        nonfinite=nonfinite,
+        accumulate=accumulate,
+    )
+    if out is None:
+        return [t.array for t in targets]
+    if not writes_through:
+        for target, result in zip(out, targets, strict=True):
+            _arrays.assign(target, result.array)
+    return list(out)
+
+
+def settle(
+    run: Callable[[set[int], list[int], Sequence[float]], int],
+    views: Sequence[Sequence[View]],
+    weights: Callable[[set[int]], Sequence[float]],
+    *,
+    scales: np.ndarray | None = None,
+    device: str,
+    variant: str | None,
+    nonfinite: str,
+    accumulate: str,
+) -> set[int]:
+    """Run a sum until its clients are good, as `nonfinite` says; return who was not left out.
+
+    `run(keep, active, w)` sums the rows of `active`, the clients whose weight ``w[i]`` is not 0,
+    and returns CombineFlags; `weights(keep)` gives the weights when the others are left out.
+    """
+    keep = set(range(len(views)))
+    while True:
+        w = weights(keep)
+        active = [i for i in range(len(views)) if w[i] != 0]
+        if accumulate == "reproducible" and len(active) > _native.core.BIN_MAX_TERMS:
+            raise InvalidInputError(
+                f"updates: reproducible sums take at most {_native.core.BIN_MAX_TERMS} clients, "
+                f"got {len(active)}; merge partial results of Accumulator in float64 instead"
+            )
+        bad: list[int] = []
+        if scales is not None and nonfinite != "propagate":
+            bad = [i for i in active if not np.isfinite(scales[i]).all()]
         if not bad:
-            break
-        bad = [active[i] for i in bad]
+            flags = run(keep, active, w)
+            rows = [views[i] for i in active]
+            bad = explain(flags, rows, device, variant, nonfinite, accumulate)
+            bad = [active[i] for i in bad]
+        if not bad:
+            return keep
         names = ", ".join(f"updates[{i}]" for i in bad)
         if nonfinite == "raise":
             raise NonFiniteError(
@@ -166,12 +221,6 @@ def combine_layers(
             raise NonFiniteError(
                 f"{names}: NaN or infinity found and no client is left to combine", tuple(bad)
             )
-    if out is None:
-        return [t.array for t in targets]
-    if not writes_through:
-        for target, result in zip(out, targets, strict=True):
-            _arrays.assign(target, result.array)
-    return list(out)
 
 
 def explain(
@@ -229,7 +278,10 @@ def _targets(
         ]
         if nonfinite == "propagate" and all(v is not None for v in views):
             return [v for v in views if v is not None], True
-    return [_arrays.view(_arrays.empty_like(x)) for x in raw], False
+    return [
+        _arrays.view(_arrays.empty_like(x, None if _arrays.is_float(x) else v.dtype))
+        for x, v in zip(raw, first, strict=True)
+    ], False
 
 
 def _check_options(accumulate: str, nonfinite: str, divisor: float) -> None:
@@ -280,6 +332,34 @@ def _combine_cpu(
     )
 
 
+def _combine_scaled_cpu(
+    rows: Sequence[Sequence[View]],
+    weights: np.ndarray,
+    *,
+    layers: Sequence[View],
+    state: None,
+    out: Sequence[View],
+    accumulate: str,
+    divisor: float,
+    check: bool,
+) -> int:
+    """Compute the same with `weights` (n, layers), from rows that may be int8."""
+    numel = [v.numel for v in layers]
+    return _native.core.combine_scaled(
+        [v.ptr for row in rows for v in row],
+        len(rows),
+        weights.reshape(-1).tolist(),
+        numel,
+        [v.code for v in layers],
+        [v.code for v in out],
+        [v.ptr for v in out],
+        ACCUMULATE.index(accumulate),
+        divisor,
+        _native.threads_for(sum(numel) * (len(rows) + 1)),
+        check,
+    )
+
+
 def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     numel = [v.numel for v in rows[0]] if rows else []
     found = _native.core.nonfinite(
@@ -292,6 +372,12 @@ def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     return [bool(f) for f in found]
 
 
+_variants.add(
+    "combine_scaled", "cpu", _variants.lazy(__name__, "_combine_scaled_cpu"), _variants.cpu_only
+)
+_variants.add(
+    "combine_scaled", "reference", _variants.lazy("flcore.reference.combine", "combine_scaled")
+)
 for _op in ("combine", "nonfinite"):
     _variants.add(_op, "cpu", _variants.lazy(__name__, f"_{_op}_cpu"), _variants.cpu_only)
     _variants.add(_op, "reference", _variants.lazy("flcore.reference.combine", _op))

@@ -13,7 +13,7 @@ import numpy as np
 from flcore import _arrays
 from flcore._arrays import View
 
-__all__ = ["combine", "cut", "nonfinite"]
+__all__ = ["combine", "combine_rows", "combine_scaled", "cut", "nonfinite"]
 
 NONFINITE, OUT_OF_RANGE = 1, 2  # CombineFlags in csrc/api.h
 BIN_UNIT = (2.0**7, 2.0**-33, 2.0**-73)
@@ -72,6 +72,59 @@ def combine(
                     flags |= NONFINITE
                 _arrays.assign(out[j].array, total / divisor)
     return flags if check else 0
+
+
+def combine_scaled(
+    rows: Sequence[Sequence[View]],
+    weights: np.ndarray,
+    *,
+    layers: Sequence[View],
+    state: None,
+    out: Sequence[View],
+    accumulate: str,
+    divisor: float,
+    check: bool,
+) -> int:
+    """Compute the formula with a weight for each layer of each row: `weights` is (n, layers)."""
+    flags = 0
+    for j, layer in enumerate(layers):
+        flags |= combine(
+            [[row[j]] for row in rows],
+            [float(w) for w in weights[:, j]],
+            layers=[layer],
+            state=None,
+            out=[out[j]],
+            accumulate=accumulate,
+            divisor=divisor,
+            check=check,
+        )
+    return flags
+
+
+def combine_rows(
+    rows: Sequence[Sequence[View]],
+    matrix: np.ndarray,
+    *,
+    layers: Sequence[View],
+    out: Sequence[Sequence[View]],
+    accumulate: str,
+    check: bool,
+) -> int:
+    """Compute the formula for each line of `matrix` (m, n); zero coefficients are left out."""
+    flags = 0
+    for line, target in zip(matrix, out, strict=True):
+        active = np.flatnonzero(line)
+        flags |= combine(
+            [rows[i] for i in active],
+            [float(line[i]) for i in active],
+            layers=layers,
+            state=None,
+            out=target,
+            accumulate=accumulate,
+            divisor=1.0,
+            check=check,
+        )
+    return flags
 
 
 def nonfinite(rows: Sequence[Sequence[View]]) -> list[bool]:

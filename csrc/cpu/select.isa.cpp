@@ -1,0 +1,312 @@
+// Order statistics of every coordinate over n client rows: median, trimmed mean, and the mean of
+// the values nearest to either. Reads every value once and writes one row: n*s + s bytes a
+// coordinate (s = bytes of the dtype). The work is the compare-exchanges of a sorting network, one
+// minimum and one maximum each for LANES coordinates:
+//   n <= 32    all values in registers, network specialised for n, for the median pruned to it
+//   n <= 128   runs of 32 sorted in registers, merged in registers through the first-level cache
+//   beyond, and float64: Batcher's network over values in cache
+//
+// Exactness: comparing is exact; means are summed from the smallest value up in float32 (float64
+// for a float64 layer) and divided once. So neither the order of the rows, nor the level, the tile
+// or the number of threads changes a bit. Minimum and maximum lose a NaN, so the values of a
+// coordinate are also added up: where that sum is finite all of them are.
+#include "api.h"
+#include "cpu/chunks.h"
+#include "cpu/isa.h"
+#include "cpu/layers.h"
+#include "cpu/sorted.h"
+#include "cpu/vec.h"
+
+namespace flcore {
+namespace FLCORE_ISA {
+
+constexpr int64_t TILE = 4096;       // coordinates of one piece of work
+constexpr int64_t STAGE = 16 << 10;  // bytes of rows that are converted or mixed before sorting
+constexpr int64_t AHEAD = 1024;      // bytes ahead of the reads, asked for into L2: L1 is too small
+constexpr int64_t MAX_STAGED = 256;  // coordinates staged at once at most
+
+template <class T>
+struct VectorOf {
+  typedef vf32 type;
+};
+template <>
+struct VectorOf<double> {
+  typedef vf64 type;
+};
+
+// Coordinates staged at once: whole vectors, a few rows of cache lines.
+static int64_t staged(int64_t n) {
+  const int64_t fit = STAGE / (8 * n) / LANES * LANES;
+  return fit < LANES ? LANES : fit > MAX_STAGED ? MAX_STAGED : fit;
+}
+
+// ---- kernels: m coordinates (whole vectors) of rows p ------------------------------------------
+
+typedef bool (*SelectFn)(const char* const* p, int64_t m, const Plan& plan, vf32* buffer,
+                         float* out);
+
+// Accumulates what is not finite: x * 0 is 0 or NaN.
+template <class V>
+static bool any_nan(const V& total) {
+  auto sum = total[0] * 0;
+  for (int k = 0; k < int(sizeof(V) / sizeof(sum)); ++k) sum += total[k];
+  return !(sum == 0);
+}
+
+template <int N>
+static bool median_in_registers(const char* const* p, int64_t m, const Plan& plan, vf32*,
+                                float* out) {
+  typedef SortNetwork<N, (N - 1) / 2, N / 2> Net;
+  vf32 total = {};
+  for (int64_t i = 0; i < m; i += LANES) {
+    vf32 v[N], sum = {};
+    unroll<N>([&](auto r) FLCORE_LAMBDA {
+      const char* at = p[r.value] + 4 * i;
+      __builtin_prefetch(at + AHEAD, 0, 2);
+      v[r.value] = load<vf32>(at);
+      sum += v[r.value];
+    });
+    total += sum * 0.0f;
+    run_network<Net>(v);
+    constexpr int A = Net::net.order.at[(N - 1) / 2], B = Net::net.order.at[N / 2];
+    const vf32 c = N % 2 ? v[A] : middle(v[A], v[B], plan.median);
+    store(out + i, c + 0.0f);
+  }
+  return any_nan(total);
+}
+
+template <int N>
+static bool sort_in_registers(const char* const* p, int64_t m, const Plan& plan, vf32* a,
+                              float* out) {
+  typedef SortNetwork<N> Net;
+  vf32 total = {};
+  for (int64_t i = 0; i < m; i += LANES) {
+    vf32 v[N], sum = {};
+    unroll<N>([&](auto r) FLCORE_LAMBDA {
+      const char* at = p[r.value] + 4 * i;
+      __builtin_prefetch(at + AHEAD, 0, 2);
+      v[r.value] = load<vf32>(at);
+      sum += v[r.value];
+    });
+    total += sum * 0.0f;
+    run_network<Net>(v);
+    unroll<N>([&](auto r) FLCORE_LAMBDA { a[r.value] = v[Net::net.order.at[r.value]]; });
+    store(out + i, statistic<vf32, float>(a, plan));
+  }
+  return any_nan(total);
+}
+
+#define FLCORE_MEDIAN(n) &median_in_registers<n>
+#define FLCORE_SORT(n) &sort_in_registers<n>
+#define FLCORE_SORT_RUN(n) &network_in_place<SortNetwork<n>>
+static const SelectFn MEDIAN[33] = {nullptr, FLCORE_1_TO_16(FLCORE_MEDIAN),
+                                    FLCORE_17_TO_32(FLCORE_MEDIAN)};
+static const SelectFn SORT[33] = {nullptr, FLCORE_1_TO_16(FLCORE_SORT),
+                                  FLCORE_17_TO_32(FLCORE_SORT)};
+static const NetworkFn SORT_RUN[33] = {nullptr, FLCORE_1_TO_16(FLCORE_SORT_RUN),
+                                       FLCORE_17_TO_32(FLCORE_SORT_RUN)};
+
+static void sort_values(vf32* a, int64_t n) {
+  if (n > 128) return sort_general(a, n);
+  for (int64_t first = 0; first < n; first += 32)
+    SORT_RUN[n - first < 32 ? n - first : 32](a + first, 1);
+  if (n > 32) merge_32(a, n < 64 ? n : 64);
+  if (n > 96) merge_32(a + 64, n - 64);
+  if (n > 64) merge_64(a, n);
+}
+static void sort_values(vf64* a, int64_t n) { sort_general(a, n); }
+
+// Any number of rows: the values of one vector of coordinates are sorted in cache.
+template <class T>
+static bool sort_in_cache(const char* const* p, int64_t m, const Plan& plan,
+                          typename VectorOf<T>::type* a, T* out) {
+  typedef typename VectorOf<T>::type V;
+  constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(T));
+  V total = {};
+  for (int64_t i = 0; i < m; i += WIDTH) {
+    V sum = {};
+    for (int64_t r = 0; r < plan.n; ++r) {
+      const char* at = p[r] + int64_t(sizeof(T)) * i;
+      __builtin_prefetch(at + AHEAD, 0, 2);
+      a[r] = load<V>(at);
+      sum += a[r];
+    }
+    total += sum * T(0);
+    sort_values(a, plan.n);
+    store(out + i, statistic<V, T>(a, plan));
+  }
+  return any_nan(total);
+}
+
+static bool run(const char* const* p, int64_t m, const Plan& plan, void* buffer, float* out) {
+  vf32* a = static_cast<vf32*>(buffer);
+  if (plan.n > 32) return sort_in_cache<float>(p, m, plan, a, out);
+  return (plan.op == SELECT_MEDIAN ? MEDIAN : SORT)[plan.n](p, m, plan, a, out);
+}
+static bool run(const char* const* p, int64_t m, const Plan& plan, void* buffer, double* out) {
+  return sort_in_cache<double>(p, m, plan, static_cast<vf64*>(buffer), out);
+}
+
+// ---- rows that are converted, mixed, or shorter than a vector ----------------------------------
+
+template <int D>
+FLCORE_INLINE vf32 load_as(const void* x, int64_t i, const vf32*) {
+  return load_f32<D>(x, i);
+}
+template <int D>
+FLCORE_INLINE vf64 load_as(const void* x, int64_t i, const vf64*) {
+  return load_f64<D>(x, i);
+}
+template <int D, class T>
+FLCORE_INLINE T load1_as(const void* x, int64_t i) {
+  if constexpr (sizeof(T) == 8)
+    return load1_f64<D>(x, i);
+  else
+    return load1<D>(x, i);
+}
+
+// Writes m values of row `r` of layer l from `offset` on, mixed when asked for, at `to`.
+template <int D, class T>
+static void stage_row(const SelectArgs& a, int64_t l, int64_t r, int64_t offset, int64_t m, T* to) {
+  typedef typename VectorOf<T>::type V;
+  constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(T));
+  if (!a.mix_starts) {
+    const void* x = a.rows[r * a.layers + l];
+    int64_t i = 0;
+    for (; i + WIDTH <= m; i += WIDTH)
+      store(to + i, load_as<D>(x, offset + i, static_cast<const V*>(nullptr)));
+    for (; i < m; ++i) to[i] = load1_as<D, T>(x, offset + i);
+    return;
+  }
+  const int64_t first = a.mix_starts[r], last = a.mix_starts[r + 1];
+  int64_t i = 0;
+  for (; i + 4 * WIDTH <= m; i += 4 * WIDTH) {
+    V sum[4] = {};
+    for (int64_t e = first; e < last; ++e) {
+      const void* x = a.rows[a.mix_rows[e] * a.layers + l];
+      const T w = T(a.mix_values[e]);
+      unroll<4>([&](auto k) FLCORE_LAMBDA {
+        sum[k.value] = sum[k.value] + w * load_as<D>(x, offset + i + k.value * WIDTH,
+                                                     static_cast<const V*>(nullptr));
+      });
+    }
+    unroll<4>([&](auto k) FLCORE_LAMBDA { store(to + i + k.value * WIDTH, sum[k.value]); });
+  }
+  for (; i < m; ++i) {
+    T sum = 0;
+    for (int64_t e = first; e < last; ++e)
+      sum = sum +
+            T(a.mix_values[e]) * load1_as<D, T>(a.rows[a.mix_rows[e] * a.layers + l], offset + i);
+    to[i] = sum;
+  }
+}
+
+// min and max lose NaN: puts it back where a value of the coordinate is one
+template <class T>
+static void restore_nan(const char* const* p, int64_t n, int64_t m, T* out) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t r = 0; r < n; ++r) {
+      T x;
+      __builtin_memcpy(&x, p[r] + int64_t(sizeof(T)) * i, sizeof(T));
+      if (x != x) out[i] = x + x;
+    }
+}
+
+// Scratch of one thread.
+struct Workspace {
+  const char** p;  // [count] where the values of each row start
+  char* buffer;    // [count] vectors
+  char* rows;      // [count][staged] values
+};
+
+// 64-byte multiples, so that vectors lie on cache lines
+static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t scratch_bytes(int64_t, int64_t count) {
+  return up(8 * count) + up(VEC_BYTES * count) + up(8 * count * staged(count));
+}
+
+static Workspace workspace(void* scratch, int64_t thread, int64_t n, int64_t count) {
+  char* base = static_cast<char*>(scratch) + thread * scratch_bytes(n, count);
+  char* buffer = base + up(8 * count);
+  return {reinterpret_cast<const char**>(base), buffer, buffer + up(VEC_BYTES * count)};
+}
+
+template <int D, class T>
+static bool piece(const SelectArgs& a, const Plan& plan, const Workspace& w, int64_t l,
+                  int64_t offset, int64_t m) {
+  constexpr int64_t WIDTH = int64_t(sizeof(typename VectorOf<T>::type) / sizeof(T));
+  const int64_t step = staged(plan.n), direct = D == F32 || D == F64 ? m / WIDTH * WIDTH : 0;
+  bool bad = false;
+  int64_t done = 0;
+  const auto finish = [&](int64_t i, int64_t length, const T* from) {
+    T* const values = const_cast<T*>(from);
+    if (a.propagate) restore_nan(w.p, plan.n, length, values);
+    for (int64_t k = 0; k < length; ++k) store1<D>(a.out[l], offset + i + k, values[k]);
+  };
+  if (direct && !a.mix_starts) {
+    for (int64_t r = 0; r < plan.n; ++r)
+      w.p[r] = static_cast<const char*>(a.rows[r * a.layers + l]) + int64_t(sizeof(T)) * offset;
+    T* out = reinterpret_cast<T*>(static_cast<char*>(a.out[l]) + int64_t(sizeof(T)) * offset);
+    const bool found = run(w.p, direct, plan, w.buffer, out);
+    if (found && a.propagate) restore_nan(w.p, plan.n, direct, out);
+    bad |= found;
+    done = direct;
+  }
+  T* rows = reinterpret_cast<T*>(w.rows);
+  for (; done < m; done += step) {
+    const int64_t length = m - done < step ? m - done : step;
+    const int64_t padded = (length + WIDTH - 1) / WIDTH * WIDTH;
+    for (int64_t r = 0; r < plan.n; ++r) {
+      stage_row<D, T>(a, l, r, offset + done, length, rows + r * step);
+      for (int64_t k = length; k < padded; ++k) rows[r * step + k] = 0;
+      w.p[r] = reinterpret_cast<const char*>(rows + r * step);
+    }
+    alignas(64) T values[MAX_STAGED];
+    bad |= run(w.p, padded, plan, w.buffer, values);
+    finish(done, length, values);
+  }
+  return bad;
+}
+
+static int select(const SelectArgs& a) {
+  const Plan plan{a.op, a.median, a.count, a.f, a.keep};
+  a.first_tile[0] = 0;
+  for (int64_t l = 0; l < a.layers; ++l)
+    a.first_tile[l + 1] = a.first_tile[l] + (a.numel[l] + TILE - 1) / TILE;
+  const int64_t tiles = a.first_tile[a.layers];
+  int flags = 0;
+  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+    const Workspace w = workspace(a.scratch, thread, a.n, a.count);
+    const int64_t end = tiles * (thread + 1) / a.threads;
+    for (int64_t tile = tiles * thread / a.threads; tile < end; ++tile) {
+      const int64_t l = find_layer(a.first_tile, a.layers, tile);
+      const int64_t offset = (tile - a.first_tile[l]) * TILE, rest = a.numel[l] - offset;
+      const int64_t m = rest < TILE ? rest : TILE;
+      bool bad = false;
+      switch (a.dtype[l]) {
+        case F64:
+          bad = piece<F64, double>(a, plan, w, l, offset, m);
+          break;
+        case F32:
+          bad = piece<F32, float>(a, plan, w, l, offset, m);
+          break;
+        case F16:
+          bad = piece<F16, float>(a, plan, w, l, offset, m);
+          break;
+        default:
+          bad = piece<BF16, float>(a, plan, w, l, offset, m);
+          break;
+      }
+      if (bad) __atomic_store_n(&flags, int(SELECT_NONFINITE), __ATOMIC_RELAXED);
+    }
+  });
+  return flags;
+}
+
+}  // namespace FLCORE_ISA
+
+extern const SelectFns FLCORE_TABLE(select);
+const SelectFns FLCORE_TABLE(select) = {&FLCORE_ISA::select, &FLCORE_ISA::scratch_bytes};
+
+}  // namespace flcore

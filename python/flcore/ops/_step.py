@@ -1,0 +1,68 @@
+"""What a step of a server optimiser is: its kind and numbers, its noise, its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flcore.errors import InvalidInputError
+
+__all__ = ["CAST", "INPUTS", "KINDS", "SERVER_STREAM", "Noise", "Step", "Stepped"]
+
+KINDS = ("sgd", "momentum", "adagrad", "adam", "yogi")  # codes of enum StepKind in csrc/api.h
+INPUTS = ("updates", "models")
+SERVER_STREAM = 0xFFFFFFFF  # the word `client` of the streams that the server's noise comes from
+CAST = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a server optimiser, along the aggregate D of the client updates.
+
+    ``sgd``: ``w += lr D``. ``momentum``: ``m = beta1 m + D; w += lr m`` (torch.optim.SGD on the
+    gradient -D, whose buffer is -m). The others: ``m = beta1 m + (1 - beta1) D;
+    w += lr m / (sqrt(v) + tau)`` with ``v += D^2`` (``adagrad``),
+    ``v = beta2 v + (1 - beta2) D^2`` (``adam``), or
+    ``v -= (1 - beta2) D^2 sign(v - D^2)`` (``yogi``).
+    """
+
+    kind: str
+    lr: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidInputError(f"kind: expected one of {KINDS}, got {self.kind!r}")
+        for name in ("lr", "beta1", "beta2", "tau"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise InvalidInputError(f"{name}: expected a finite number, got {value!r}")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Which state the step reads and writes: none, m, or m and v."""
+        return () if self.kind == "sgd" else ("m",) if self.kind == "momentum" else ("m", "v")
+
+
+class Noise(NamedTuple):
+    """Normal noise that is added to D, drawn by coordinate (`flcore.ops.random_normal`).
+
+    The stream of layer l is named by (seed, round, tensor=l, client=SERVER_STREAM); coordinate j
+    takes its element j.
+    """
+
+    std: float
+    seed: int = 0
+    round: int = 0
+
+
+class Stepped(NamedTuple):
+    """What a step gives; None for what it does not have."""
+
+    model: Any
+    m: Any = None
+    v: Any = None
+    cast: Any = None
