@@ -370,10 +370,11 @@ struct MaskFns {
   int64_t (*dequantize)(const MaskDequantizeArgs&);  // words above top
 };
 
-// ---- moments: mean and squared deviations of layers, affine maps of them (csrc/cpu/moments.isa.cpp)
+// ---- moments: mean and squared deviations of layers, affine maps (csrc/cpu/moments.isa.cpp) -----
 
-// A tile is a fixed part of a layer and lane c % MOMENT_LANES takes its coordinate c, so that neither
-// vector width nor threads nor device changes a bit. pykernels/moments.py holds the same numbers.
+// A tile is a fixed part of a layer and lane c % MOMENT_LANES takes its coordinate c, so that
+// neither vector width nor threads nor device changes a bit. pykernels/moments.py holds the same
+// numbers.
 constexpr int64_t MOMENT_TILE = 4096;
 constexpr int MOMENT_LANES = 16;
 

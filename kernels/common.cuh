@@ -17,6 +17,7 @@ namespace cuda {
 void check_launch(const char* kernel);
 
 int multiprocessors(int device);
+size_t shared_limit(int device);  // bytes of shared memory a block can have
 
 // The device of this thread for one scope: a launch goes to the device its stream belongs to.
 class DeviceGuard {

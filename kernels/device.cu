@@ -33,6 +33,13 @@ int multiprocessors(int device) {
   return count;
 }
 
+size_t shared_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "shared memory of a block");
+  return size_t(bytes);
+}
+
 DeviceGuard::DeviceGuard(int device) : previous_(device) {
   check(cudaGetDevice(&previous_), "current device");
   if (previous_ != device) check(cudaSetDevice(device), "choosing the device");

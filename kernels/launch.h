@@ -27,5 +27,21 @@ void launch_nonfinite(const FiniteArgs& args, int device, uintptr_t stream);
 
 void launch_random(const RngArgs& args, int form, int device, uintptr_t stream);  // RandomForm
 
+// Client rows, and rows of a mixing matrix, that one call of launch_select takes.
+constexpr int64_t SELECT_MAX_ROWS = 1024;
+
+// args.mix_*: on the device, or null; mix_values: the coefficients in float32, for layers that are
+// not float64. flags: as for launch_combine, of SelectFlags; a NaN in a coordinate makes the result
+// NaN whatever args.propagate says. Throws flcore::Error when there are more rows.
+void launch_select(const SelectArgs& args, const float* mix_values, int32_t* flags, int device,
+                   uintptr_t stream);
+
+// float64 values of the workspace that launch_gram needs for these arguments.
+int64_t gram_workspace(const GramArgs& args);
+
+// out: float64 [segments][gram_entries] on the device; sums and scratch of `args` are not used, a
+// segment is a run of whole layers. Throws flcore::Error when there are too many rows.
+void launch_gram(const GramArgs& args, double* workspace, double* out, int device, uintptr_t stream);
+
 }  // namespace cuda
 }  // namespace flcore

@@ -3,6 +3,8 @@
 // that of csrc/cpu/sorted.h, rounded by itself, so the results have its bits.
 #pragma once
 
+#include <utility>
+
 #include "common.cuh"
 
 #define FLCORE_ISA cuda  // the namespace of the constants in batcher.h
@@ -40,27 +42,35 @@ __device__ __forceinline__ T infinity() {
 
 // ---- networks in registers ---------------------------------------------------------------------
 
-// Compare-exchanges BEGIN .. END - 1 of a network on the wires v, all indices constants.
-template <class Net, int BEGIN, int END, class T>
-__device__ __forceinline__ void run_network(T* v) {
-  if constexpr (END - BEGIN == 1) {
-    constexpr int A = Net::net.low[BEGIN], B = Net::net.high[BEGIN], K = Net::net.keep[BEGIN];
-    const T a = v[A], b = v[B];
-    if constexpr ((K & KEEP_LOW) != 0) v[A] = least(a, b);
-    if constexpr ((K & KEEP_HIGH) != 0) v[B] = greatest(a, b);
-  } else if constexpr (END > BEGIN) {
-    constexpr int MIDDLE = (BEGIN + END) / 2;
-    run_network<Net, BEGIN, MIDDLE>(v);
-    run_network<Net, MIDDLE, END>(v);
-  }
+// One compare-exchange on the wires v, all indices constants.
+template <class Net, int I, class T>
+__device__ __forceinline__ void exchange(T* v) {
+  constexpr int A = Net::net.low[I], B = Net::net.high[I], K = Net::net.keep[I];
+  const T a = v[A], b = v[B];
+  if constexpr ((K & KEEP_LOW) != 0) v[A] = least(a, b);
+  if constexpr ((K & KEEP_HIGH) != 0) v[B] = greatest(a, b);
 }
 
-// a[FIRST] .. a[LAST] <- sorted positions FIRST .. LAST
+template <class Net, class T, int... I>
+__device__ __forceinline__ void exchange_all([[maybe_unused]] T* v, std::integer_sequence<int, I...>) {
+  (exchange<Net, I>(v), ...);
+}
+
+template <class Net, int I>
+struct WireOf {  // of sorted position I
+  static constexpr int value = Net::net.order.at[I];
+};
+
+template <class Net, int FIRST, class T, int... I>
+__device__ __forceinline__ void take(const T* v, T* a, std::integer_sequence<int, I...>) {
+  ((a[FIRST + I] = v[WireOf<Net, FIRST + I>::value]), ...);
+}
+
+// Runs a network on v, then a[FIRST] .. a[LAST] <- these sorted positions.
 template <class Net, int FIRST, int LAST, class T>
-__device__ __forceinline__ void take_sorted(const T* v, T* a) {
-  constexpr int WIRE = Net::net.order.at[FIRST];
-  a[FIRST] = v[WIRE];
-  if constexpr (FIRST < LAST) take_sorted<Net, FIRST + 1, LAST>(v, a);
+__device__ __forceinline__ void run_network(T* v, T* a) {
+  exchange_all<Net>(v, std::make_integer_sequence<int, Net::net.count>());
+  take<Net, FIRST>(v, a, std::make_integer_sequence<int, LAST - FIRST + 1>());
 }
 
 // ---- sorted columns in shared memory -----------------------------------------------------------
@@ -81,8 +91,7 @@ __device__ __forceinline__ void sort_run(const Column<T>& a, int first, int n) {
   T v[W], sorted[W];
 #pragma unroll
   for (int i = 0; i < W; ++i) v[i] = i < n ? a[first + i] : infinity<T>();
-  run_network<Net, 0, Net::net.count>(v);
-  take_sorted<Net, 0, W - 1>(v, sorted);
+  run_network<Net, 0, W - 1>(v, sorted);
 #pragma unroll
   for (int i = 0; i < W; ++i)
     if (i < n) a[first + i] = sorted[i];
@@ -136,10 +145,13 @@ __device__ __forceinline__ Column<T> sort_column(Column<T> a, Column<T> b, int n
 // ---- results -----------------------------------------------------------------------------------
 
 template <class T>
+__device__ __forceinline__ T midpoint(T a, T b) {  // cannot overflow
+  return add(mul(a, T(0.5)), mul(b, T(0.5)));
+}
+
+template <class T>
 __device__ __forceinline__ T middle_of(T lower, T upper, int median) {
-  if (median == MEDIAN_LOWER) return lower;
-  if (median == MEDIAN_UPPER) return upper;
-  return add(mul(lower, T(0.5)), mul(upper, T(0.5)));  // halving is exact and cannot overflow
+  return median == MEDIAN_LOWER ? lower : median == MEDIAN_UPPER ? upper : midpoint(lower, upper);
 }
 
 // `a` is a Column or, fully unrolled, an array in registers. -0 + x is x for every x, a zero of
@@ -162,8 +174,8 @@ __device__ __forceinline__ T trimmed_mean(const T (&a)[N], int f) {
 }
 
 // Mean of the `keep` values nearest to c: a window of the sorted order. Of the values r, r + keep,
-// r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the value that
-// enters is nearer than the one that leaves, and that test turns false once and for all.
+// r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the midpoint of
+// the value that leaves and the one that enters lies below c, and that turns false once and for all.
 template <class T>
 __device__ __forceinline__ T nearest_mean(const Column<T>& a, int n, int keep, T c) {
   T sum = T(0);
@@ -171,7 +183,7 @@ __device__ __forceinline__ T nearest_mean(const Column<T>& a, int n, int keep, T
     T leaves = a[r], pick = leaves;
     for (int i = r; i + keep < n; i += keep) {
       const T enters = a[i + keep];
-      if (sub(enters, c) < sub(c, leaves)) pick = enters;
+      if (midpoint(leaves, enters) < c) pick = enters;
       leaves = enters;
     }
     sum = add(sum, pick);

@@ -20,100 +20,56 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from flcore.pykernels.sums import (
+    ACCUMULATE,
+    BF16,
+    BINS,
+    F16,
+    F32,
+    F64,
+    INFINITY,
+    NONFINITE,
+    OPTIONS,
+    OUT_OF_RANGE,
+    add_rows,
+    bfloat16_bits,
+    divided,
+    find_layer,
+    load_some,
+    pointer,
+    store_some,
+    store_typed,
+    sum_flags,
+    sum_type,
+    to_device,
+    widen,
+)
 
 from flcore import _arrays
 
-__all__ = ["combine", "nonfinite"]
+__all__ = [
+    "ACCUMULATE",
+    "BF16",
+    "BINS",
+    "F16",
+    "F32",
+    "F64",
+    "NONFINITE",
+    "OUT_OF_RANGE",
+    "bfloat16_bits",
+    "combine",
+    "find_layer",
+    "nonfinite",
+    "pointer",
+    "to_device",
+    "widen",
+]
 
 BLOCK = 2048  # coordinates a program
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}  # a product is rounded before it is added
-ROWS = tl.constexpr(4)  # rows whose loads are in flight together
 HEAD = tl.constexpr(4)  # words of a layer in the table before its row addresses
-
-F64, F32, F16, BF16 = (tl.constexpr(code) for code in range(4))  # DType in csrc/api.h
-ACCUMULATE = {"float32": 0, "float64": 1, "reproducible": 2}  # Accumulate in csrc/api.h
-BINS = tl.constexpr(2)
-NONFINITE, OUT_OF_RANGE = tl.constexpr(1), tl.constexpr(2)  # CombineFlags in csrc/api.h
-
-INFINITY = tl.constexpr(float("inf"))
-BIN_LIMIT = tl.constexpr(2.0**46)
-CUT_0, CUT_1, CUT_2 = (tl.constexpr(1.5 * 2.0**52 * 2.0**e) for e in (7, -33, -73))  # BIN_UNIT
 
 
 # ---- kernels -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def pointer(address_ptr, D: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load an address from the table; bfloat16 travels as its bits."""
-    address = tl.load(address_ptr)
-    if D == F64:
-        at = address.to(tl.pointer_type(tl.float64))
-    elif D == F32:
-        at = address.to(tl.pointer_type(tl.float32))
-    elif D == F16:
-        at = address.to(tl.pointer_type(tl.float16))
-    else:
-        at = address.to(tl.pointer_type(tl.uint16))
-    return tl.multiple_of(at, 16) if ALIGNED else at
-
-
-@triton.jit
-def widen(x, D: tl.constexpr, A: tl.constexpr):
-    """Convert stored values to the type of the sums (A: a code of ACCUMULATE), exactly."""
-    if D == BF16:
-        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    if A == 0:
-        return x.to(tl.float32)
-    else:
-        return x.to(tl.float64)
-
-
-@triton.jit
-def bfloat16_bits(x):
-    """Round to nearest even; float64 goes through a float32 rounded to odd, so it rounds once."""
-    if x.dtype == tl.float64:
-        near = x.to(tl.float32)
-        back = near.to(tl.float64)
-        u = near.to(tl.uint32, bitcast=True)
-        toward_zero = tl.where(tl.abs(back) > tl.abs(x), u - 1, u)
-        u = tl.where((back == x) | (x != x), u, toward_zero | 1)
-    else:
-        u = x.to(tl.uint32, bitcast=True)
-    rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-    is_nan = (u & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, (u >> 16) | 0x40, rounded).to(tl.uint16)
-
-
-@triton.jit
-def find_layer(entries_ptr, stride, layers, tile):
-    """Return the last layer whose first tile is at or before `tile`."""
-    low = layers * 0
-    high = layers - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        starts_before = tl.load(entries_ptr + middle * stride) <= tile
-        low = tl.where(starts_before, middle, low)
-        high = tl.where(starts_before, high, middle - 1)
-    return low
-
-
-@triton.jit
-def load_some(pointers, keep, FULL: tl.constexpr):
-    """Load without a mask where the block is full: a masked load is not vectorised."""
-    if FULL:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=keep)
-
-
-@triton.jit
-def store_some(pointers, values, keep, FULL: tl.constexpr):
-    """Store, as `load_some` loads."""
-    if FULL:
-        tl.store(pointers, values)
-    else:
-        tl.store(pointers, values, mask=keep)
 
 
 @triton.jit
@@ -149,49 +105,37 @@ def sum_block(
             acc2 = (
                 load_some(state_ptr + 2 * numel, inside, FULL) if HAS_STATE else zero.to(tl.float64)
             )
-            beyond = tl.zeros([BLOCK], tl.int32)
         acc = load_some(state_ptr, inside, FULL) if HAS_STATE else zero.to(tl.float64)
+    if A != BINS:
+        acc1 = acc
+        acc2 = acc
 
-    for first in range(0, rows, ROWS):
-        for r in tl.static_range(ROWS):
-            i = tl.minimum(first + r, rows - 1)
-            here = first + r < rows
-            x_ptr = pointer(entry_ptr + HEAD + i, D, ALIGNED) + at
-            x = widen(load_some(x_ptr, inside, FULL), D, A)
-            w = tl.load(table_ptr + 1 + i).to(tl.float64, bitcast=True)
-            if A == BINS:
-                p = w * x
-                q0 = (p + CUT_0) - CUT_0
-                p1 = p - q0
-                q1 = (p1 + CUT_1) - CUT_1
-                q2 = ((p1 - q1) + CUT_2) - CUT_2
-                acc = tl.where(here, acc + q0, acc)
-                acc1 = tl.where(here, acc1 + q1, acc1)
-                acc2 = tl.where(here, acc2 + q2, acc2)
-                wide = ~((p < BIN_LIMIT) & (p > -BIN_LIMIT))  # true for NaN too
-                beyond = beyond | (wide & inside & here).to(tl.int32)
-            elif A == 0:
-                acc = tl.where(here, acc + w.to(tl.float32) * x, acc)
-            else:
-                acc = tl.where(here, acc + w * x, acc)
-
+    acc, acc1, acc2, beyond = add_rows(
+        acc,
+        acc1,
+        acc2,
+        table_ptr + 1,
+        entry_ptr + HEAD,
+        table_ptr,
+        rows,
+        acc,
+        at,
+        inside,
+        D,
+        A,
+        False,
+        False,
+        ALIGNED,
+        FULL,
+    )
     total = (acc + acc1) + acc2 if A == BINS else acc
-    finite = (total < INFINITY) & (total > -INFINITY)  # false for NaN
-    found = tl.where(finite | ~inside, 0, NONFINITE)
-    flags = tl.max(found, axis=0)
-    if A == BINS:
-        flags = flags | (tl.max(beyond, axis=0) * OUT_OF_RANGE)
+    flags = sum_flags(total, beyond, inside, A)
     tl.atomic_or(flags_ptr, flags, mask=flags != 0)
 
     if HAS_OUT:
-        out_ptr = pointer(entry_ptr + 2, D, ALIGNED) + at
         if DIVIDE:  # float32 sums: one rounding to float32, so that casting twice changes nothing
-            divisor = tl.load(table_ptr).to(tl.float64, bitcast=True)
-            total = (total.to(tl.float64) / divisor).to(total.dtype)
-        if D == BF16:
-            store_some(out_ptr, bfloat16_bits(total), inside, FULL)
-        else:
-            store_some(out_ptr, total.to(out_ptr.dtype.element_ty), inside, FULL)
+            total = divided(total, tl.load(table_ptr).to(tl.float64, bitcast=True))
+        store_typed(pointer(entry_ptr + 2, D, ALIGNED) + at, total, inside, D, FULL)
     else:
         store_some(state_ptr, acc, inside, FULL)
         if A == BINS:
@@ -254,22 +198,6 @@ def nonfinite_kernel(table_ptr, flags_ptr, rows, layers, D: tl.constexpr, BLOCK:
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-def to_device(words: np.ndarray, device: str) -> torch.Tensor:
-    """Copy the table to the device, in the order of the current stream.
-
-    A CUDA graph may not copy from memory that is gone when it replays: while one is captured the
-    words are written by fill kernels, which carry their value.
-    """
-    if device == "cpu":
-        return torch.from_numpy(words)
-    if torch.cuda.is_current_stream_capturing():
-        table = torch.empty(len(words), dtype=torch.int64, device=device)
-        for slot, word in zip(table, words.tolist(), strict=True):
-            slot.fill_(word)
-        return table
-    return torch.from_numpy(words).to(device, non_blocking=True)  # staged at once: pageable memory
-
-
 def make_table(
     addresses: np.ndarray,
     weights: Sequence[float],
@@ -328,7 +256,6 @@ def combine(
                 addresses[:, chosen], weights, numel[chosen], outs[chosen], states[chosen], divisor
             )
             table = to_device(words, device)
-            wide = accumulate == "float32" and code == F64.value
             with torch.cuda.device_of(flags):
                 combine_kernel[(tiles,)](
                     table,
@@ -336,7 +263,7 @@ def combine(
                     len(rows),
                     len(chosen),
                     D=code,
-                    A=1 if wide else ACCUMULATE[accumulate],
+                    A=sum_type(accumulate, code),
                     EMPTY=not rows,
                     HAS_STATE=state is not None,
                     HAS_OUT=out is not None,

@@ -256,10 +256,12 @@ def nothing_installed(monkeypatch):
     def optional(name):
         return None, "not installed"
 
-    from flcore.bench import aggregation_peers, compression_peers, updates
+    from flcore.bench import aggregation_peers, compression_peers, rules_peers, updates
 
-    for module in (aggregation_peers, cases, compression_peers, environment, updates):
+    for module in (aggregation_peers, cases, compression_peers, environment, rules_peers, updates):
         monkeypatch.setattr(module, "optional", optional, raising=False)
+    for module in (aggregation_peers, rules_peers):
+        monkeypatch.setattr(module, "byzfl_aggregators", lambda: (None, "not installed"))
 
 
 SMOKE = Plan(budget_s=0.01, warmup_s=0.001, min_rounds=2, max_rounds=2)
@@ -277,6 +279,14 @@ def test_numpy_is_enough_and_absent_peers_are_listed(nothing_installed):
     for name in ("torch weights @ stacked", "torch _foreach_add_", "flwr aggregate"):
         assert status[name] == ("absent", "not installed")
     assert "| `flwr aggregate` | not installed |" in markdown(smoke("weighted_mean_32x1m"))
+
+
+def test_robust_rules_run_with_numpy_alone(nothing_installed):
+    (case,) = smoke("trimmed_mean_32x1m").cases
+    status = {c.name: (c.status, c.reason) for c in case.contestants}
+    assert status["flcore TrimmedMean(2)"] == ("timed", "")
+    for name in ("byzfl TrMean, torch", "byzfl TrMean, NumPy", "torch", "scipy.stats.trim_mean"):
+        assert status[name] == ("absent", "not installed")
 
 
 def test_a_case_that_cannot_run_says_why(nothing_installed):

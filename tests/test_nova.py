@@ -162,8 +162,8 @@ def test_two_quadratics_by_hand(options, normalizers, want):
 
 def test_small_steps_lead_to_the_true_optimum_and_fedavg_does_not():
     optimum = np.array([-0.8, 1.2])
-    nova = quadratics(4000, lr=0.005)[0][-1]
-    fedavg = quadratics(4000, lr=0.005, nova=False)[0][-1]
+    nova = quadratics(1000, lr=0.005)[0][-1]
+    fedavg = quadratics(1000, lr=0.005, nova=False)[0][-1]
     assert np.linalg.norm(nova - optimum) < 0.005
     assert np.linalg.norm(fedavg - optimum) > 0.25
 
@@ -228,7 +228,7 @@ def test_a_client_that_is_left_out_changes_shares_and_effective_steps(momentum, 
     buffer = server.buffer
     with pytest.raises(NonFiniteError, match="no client of positive weight"):
         server.step(x, updates, [0, 1, 0], [2, 3, 4])
-    with pytest.raises(NonFiniteError, match="^model: NaN"):
+    with pytest.raises(NonFiniteError, match=r"^model: NaN"):
         server.step(x * np.nan, updates, [1, 2, 3], [2, 3, 4])
     assert server.buffer is buffer
 

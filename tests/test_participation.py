@@ -1,4 +1,4 @@
-"""FedAU: weights from participation gaps by hand and against lists of intervals; the server step."""
+"""FedAU: weights by hand and against lists of intervals, and the server step."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_bernoulli_participation_finds_the_inverse_rate(cutoff, rng):
 
 def test_cyclic_participation_finds_the_period():
     participation = ParticipationWeights(7)  # client n comes in rounds n + 1, n + 8, ..
-    for t in range(70_000):
+    for t in range(21_000):
         participation.update([t % 7])
     np.testing.assert_allclose(participation.weights, 7, rtol=1e-3)
     from_the_last = ParticipationWeights(7)
@@ -216,7 +216,7 @@ def test_errors_of_the_step_name_what_is_wrong_and_record_nothing():
         participation.step(x, d, [0, 1])
     assert caught.value.clients == (1,)
     for options in ({}, {"nonfinite": "exclude"}):
-        with pytest.raises(NonFiniteError, match="^model: NaN"):
+        with pytest.raises(NonFiniteError, match=r"^model: NaN"):
             participation.step(x * np.nan, d[:1], [0], **options)
     with pytest.raises(InvalidInputError, match="clients: expected 2 different indices"):
         participation.step(x, d, [1, 1])

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "api.h"
 #include "bindings/combine_call.h"
@@ -49,6 +51,85 @@ static void fill_random(uintptr_t out, int64_t numel, int form, uint64_t seed, u
   cuda::launch_random(args, form, device, stream);
 }
 
+// The mixing matrix lies on the device: addresses of mix_starts int64 [count + 1], mix_rows int64,
+// mix_values float64 and the same in float32, all 0 for none.
+static void select(const Addresses& rows, int64_t n, const std::vector<int64_t>& numel,
+                   const std::vector<int>& dtype, int op, int median, int64_t f, int64_t keep,
+                   int64_t count, const std::array<uintptr_t, 4>& mix, const Addresses& out,
+                   uintptr_t flags, int device, uintptr_t stream) {
+  check_table(rows, n, numel, dtype);
+  FLCORE_CHECK(n >= 1 && count >= 1, "rows: expected at least one");
+  FLCORE_CHECK(out.size() == numel.size(), "out: one address a layer");
+  FLCORE_CHECK(op >= 0 && op < SELECT_OP_COUNT, "op: unknown code ", op);
+  FLCORE_CHECK(median >= MEDIAN_AVERAGE && median <= MEDIAN_UPPER, "median: unknown code ", median);
+  FLCORE_CHECK(f >= 0 && (op == SELECT_MEDIAN || 2 * f < count), "f: got ", f);
+  FLCORE_CHECK(op < SELECT_NEAR_MEDIAN || (keep >= 1 && keep <= count), "keep: got ", keep);
+  FLCORE_CHECK(mix[0] || count == n, "count: expected ", n, " without mixing, got ", count);
+  const auto x = pointers<const void>(rows);
+  const auto to = pointers<>(out);
+  SelectArgs args = {};
+  args.n = n;
+  args.layers = int64_t(numel.size());
+  args.numel = numel.data();
+  args.dtype = dtype.data();
+  args.rows = x.data();
+  args.op = op;
+  args.median = median;
+  args.f = f;
+  args.keep = keep;
+  args.count = count;
+  args.mix_starts = reinterpret_cast<const int64_t*>(mix[0]);
+  args.mix_rows = reinterpret_cast<const int64_t*>(mix[1]);
+  args.mix_values = reinterpret_cast<const double*>(mix[2]);
+  args.out = to.data();
+  py::gil_scoped_release nogil;
+  cuda::launch_select(args, reinterpret_cast<const float*>(mix[3]),
+                      reinterpret_cast<int32_t*>(flags), device, stream);
+}
+
+struct GramCall {
+  std::vector<const void*> rows;
+  GramArgs args;
+
+  GramCall(const Addresses& x, int64_t n, const std::vector<int64_t>& starts,
+           const std::vector<int>& dtype, int kind, bool wide,
+           const std::vector<int64_t>& segment_starts)
+      : rows(pointers<const void>(x)), args{} {
+    FLCORE_CHECK(!starts.empty() && !segment_starts.empty(), "starts: expected at least one");
+    check_table(x, n, std::vector<int64_t>(starts.size() - 1), dtype);
+    FLCORE_CHECK(n >= 1, "rows: expected at least one");
+    FLCORE_CHECK(kind >= 0 && kind < GRAM_KIND_COUNT, "kind: unknown code ", kind);
+    FLCORE_CHECK(segment_starts.back() == starts.back(), "segment_starts: expected to end at ",
+                 starts.back());
+    args.n = n;
+    args.layers = int64_t(dtype.size());
+    args.starts = starts.data();
+    args.dtype = dtype.data();
+    args.rows = rows.data();
+    args.kind = kind;
+    args.wide = wide;
+    args.segments = int64_t(segment_starts.size()) - 1;
+    args.segment_starts = segment_starts.data();
+  }
+};
+
+static int64_t gram_workspace(int64_t n, const std::vector<int64_t>& starts,
+                              const std::vector<int>& dtype, int kind, bool wide) {
+  const GramCall call(Addresses(size_t(n) * dtype.size()), n, starts, dtype, kind, wide,
+                      {0, starts.empty() ? 0 : starts.back()});
+  return cuda::gram_workspace(call.args);
+}
+
+static void gram(const Addresses& rows, int64_t n, const std::vector<int64_t>& starts,
+                 const std::vector<int>& dtype, int kind, bool wide,
+                 const std::vector<int64_t>& segment_starts, uintptr_t workspace, uintptr_t out,
+                 int device, uintptr_t stream) {
+  const GramCall call(rows, n, starts, dtype, kind, wide, segment_starts);
+  py::gil_scoped_release nogil;
+  cuda::launch_gram(call.args, reinterpret_cast<double*>(workspace), reinterpret_cast<double*>(out),
+                    device, stream);
+}
+
 }  // namespace flcore
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -66,4 +147,15 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         py::arg("round"), py::arg("tensor"), py::arg("client"), py::arg("offset"),
         py::arg("device"), py::arg("stream"),
         "A stretch of a Philox stream (kernels/rng.cu) into uint32 or float32.");
+  m.attr("SELECT_MAX_ROWS") = cuda::SELECT_MAX_ROWS;
+  m.def("select", &flcore::select, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
+        py::arg("op"), py::arg("median"), py::arg("f"), py::arg("keep"), py::arg("count"),
+        py::arg("mix"), py::arg("out"), py::arg("flags"), py::arg("device"), py::arg("stream"),
+        "Order statistics (kernels/select.cu); SelectFlags are or-ed into flags[0].");
+  m.def("gram_workspace", &gram_workspace, py::arg("n"), py::arg("starts"), py::arg("dtype"),
+        py::arg("kind"), py::arg("wide"), "float64 values of the workspace of gram.");
+  m.def("gram", &gram, py::arg("rows"), py::arg("n"), py::arg("starts"), py::arg("dtype"),
+        py::arg("kind"), py::arg("wide"), py::arg("segment_starts"), py::arg("workspace"),
+        py::arg("out"), py::arg("device"), py::arg("stream"),
+        "Norms, distances or products (kernels/gram.cu) into float64 [segments][entries].");
 }

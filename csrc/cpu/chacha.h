@@ -145,6 +145,11 @@ FLCORE_INLINE void store_blocks(const vu32 words[16], uint32_t* out) {
 FLCORE_INLINE void masks_of_group(const MaskSet& set, int64_t g, uint32_t* out) {
   const uint32_t first = uint32_t(g * LANES);
   vu32 net[16] = {};
+  if (set.count == 1 && !set.streams[0].negative) {  // the keystream itself: nothing to sum
+    chacha20_blocks(set.streams[0], first, net);
+    store_blocks(net, out);
+    return;
+  }
   for (int64_t s = 0; s < set.count; ++s) {
     vu32 words[16];
     chacha20_blocks(set.streams[s], first, words);

@@ -6,13 +6,13 @@
 //   sum         acc = (acc +) sum of rows
 //   dequantize  out = (2 Z - n R) factor: the sum of n words without their n shifts by R / 2
 // All words are uint32 modulo 2^b: sums wrap by themselves and are cut to b bits on the way out.
-// Masks are ChaCha20 keystreams (cpu/chacha.h); word i of a message always meets word i of a stream,
-// wherever the work is cut. quantize reads x once and writes 4 bytes a word, whatever the number of
-// masks; sum reads every row once and acc once (4 + 8 / n bytes a value of n rows); masks add no
-// traffic. Word arithmetic is exact and float64 element-wise without fma: the same bits at every
-// level and for every number of threads.
-// Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017;
-// the arithmetic of quantize and dequantize is that of SecAgg+ in Flower.
+// Masks are ChaCha20 keystreams (cpu/chacha.h); word i of a message always meets word i of a
+// stream, wherever the work is cut. quantize reads x once and writes 4 bytes a word, whatever the
+// number of masks; sum reads every row once and acc once (4 + 8 / n bytes a value of n rows); masks
+// add no traffic. Word arithmetic is exact and float64 element-wise without fma: the same bits at
+// every level and for every number of threads.
+// Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS
+// 2017; the arithmetic of quantize and dequantize is that of SecAgg+ in Flower.
 #include "api.h"
 #include "cpu/chacha.h"
 #include "cpu/chunks.h"
@@ -59,25 +59,27 @@ FLCORE_INLINE vu64 to_word(const vf64& z) { return (vu64)(z + TWO52) & 0xfffffff
 
 // ---- masks --------------------------------------------------------------------------------------
 
-FLCORE_INLINE void add_words(const uint32_t* more, int64_t count, uint32_t keep, uint32_t* words) {
+// out = words + masks
+FLCORE_INLINE void add_words(const uint32_t* words, const uint32_t* masks, int64_t count,
+                             uint32_t keep, uint32_t* out) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
-    store(words + i, (load<vu32>(words + i) + load<vu32>(more + i)) & keep);
+    store(out + i, (load<vu32>(words + i) + load<vu32>(masks + i)) & keep);
   for (; i < count; ++i)
-    store(words + i, (load<uint32_t>(words + i) + load<uint32_t>(more + i)) & keep);
+    store(out + i, (load<uint32_t>(words + i) + load<uint32_t>(masks + i)) & keep);
 }
 
-// words[j] += masks at position + j, for a chunk
-static void add_masks(const MaskSet& set, int64_t position, int64_t count, uint32_t keep,
-                      uint32_t* words) {
+// out[j] = words[j] + masks at position + j, for a chunk
+static void add_masks(const MaskSet& set, int64_t position, const uint32_t* words, int64_t count,
+                      uint32_t keep, uint32_t* out) {
   const int64_t end = position + count;
   for (int64_t g = position / CHACHA_GROUP; g * CHACHA_GROUP < end; ++g) {
     const int64_t start = g * CHACHA_GROUP;
     const int64_t from = start > position ? start : position;
     alignas(64) uint32_t masks[CHACHA_GROUP];
     masks_of_group(set, g, masks);
-    add_words(masks + (from - start), smaller(start + CHACHA_GROUP, end) - from, keep,
-              words + (from - position));
+    add_words(words + (from - position), masks + (from - start),
+              smaller(start + CHACHA_GROUP, end) - from, keep, out + (from - position));
   }
 }
 
@@ -147,7 +149,8 @@ static int64_t quantize_all(const MaskQuantizeArgs& a) {
   for_words(a.numel, a.masks.position, a.threads, [&](int64_t from, int64_t count) {
     Tally tally;
     quantize_chunk<D, STOCHASTIC>(a, from, count, tally);
-    if (a.masks.count) add_masks(a.masks, a.masks.position + from, count, a.keep, a.out + from);
+    uint32_t* out = a.out + from;
+    if (a.masks.count) add_masks(a.masks, a.masks.position + from, out, count, a.keep, out);
     int64_t over = 0, bad = 0;
     for (int l = 0; l < LANES64; ++l) {
       over -= tally.clipped[l];
@@ -174,12 +177,12 @@ static int64_t quantize(const MaskQuantizeArgs& a) {
 
 static void add(const MaskAddArgs& a) {
   for_words(a.numel, a.masks.position, a.threads, [&](int64_t from, int64_t count) {
-    if (a.out != a.words) __builtin_memcpy(a.out + from, a.words + from, size_t(4 * count));
+    const uint32_t* words = a.words + from;
+    uint32_t* out = a.out + from;
     if (a.masks.count)
-      add_masks(a.masks, a.masks.position + from, count, a.keep, a.out + from);
+      add_masks(a.masks, a.masks.position + from, words, count, a.keep, out);
     else
-      for (int64_t i = from; i < from + count; ++i)
-        store(a.out + i, load<uint32_t>(a.out + i) & a.keep);
+      for (int64_t i = 0; i < count; ++i) store(out + i, load<uint32_t>(words + i) & a.keep);
   });
 }
 

@@ -1,4 +1,4 @@
-// Mean and sum of squared deviations of every layer of n client rows, and the affine map of a layer:
+// Mean and sum of squared deviations of each layer of n client rows, and the affine map of a layer:
 //   mean_l = sum_j x_j / n_l,   m2_l = sum_j (x_j - mean_l)^2,   out_j = scale_l x_j + shift_l
 // Moments read every value once (s bytes); with MOMENTS_ADD the same read folds the row into a
 // float32 accumulator (s + 8 bytes). The map reads and writes (2 s bytes).
@@ -188,7 +188,7 @@ static Part join(const Part& a, const Part& b) {
           (a.m2 + b.m2) + delta * delta * (a.count * share)};
 }
 
-// Joins tile i with tile i + stride, for strides 1, 2, 4, ...; means are relative to the first pivot
+// Joins tile i with tile i + stride for strides 1, 2, 4, ...; means relative to the first pivot
 static void join_tiles(double* tiles, int64_t count, int64_t numel, double* mean, double* m2) {
   const auto values_of = [&](int64_t i, int64_t width) {
     const int64_t rest = numel - i * MOMENT_TILE;
@@ -301,7 +301,7 @@ FLCORE_INLINE void store_pair(void* out, int64_t i, const vf64& a, const vf64& b
 template <int D, int S>
 static bool tile_affine(const Layer& l, double scale, double shift, void* out, int64_t offset,
                         int64_t m) {
-  if (shift == 0) shift = -0.0;  // x + -0 is x for every x, so that scale 1 copies a zero of any sign
+  if (shift == 0) shift = -0.0;  // x + -0 is x for every x: scale 1 copies a zero of any sign
   vi64 bad = {};
   int64_t i = offset;
   for (; i + 2 * LANES64 <= offset + m; i += 2 * LANES64) {

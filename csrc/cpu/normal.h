@@ -33,7 +33,8 @@ FLCORE_INLINE vf32 normal_radius(const vu32& word) {
   // Above 1/2 the distance to 1 is converted, below it the number itself: either way the float
   // holds 24 significant bits of what the logarithm sees. `above` is all ones or zero.
   const vi32 above = (vi32)word >> 31;
-  const vi32 whole = (vi32)(word ^ (vu32)above) + 1 + above;  // 2^32 - 1 - word or word + 1
+  // 2^32 - 1 - word or word + 1
+  const vi32 whole = (vi32)((word ^ (vu32)above) + 1u + (vu32)above);
   // word + 1 = 2^31 is negative in int32 and loses its sign again here
   const vi32 bits = (vi32)__builtin_convertvector(whole, vf32) & 0x7fffffff;
   // u1 = 2^exponent (1 + f), with 1 + f in [sqrt(1/2), sqrt(2)) below 1/2 and exponent 0 above it

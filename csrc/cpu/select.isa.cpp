@@ -96,21 +96,53 @@ static bool sort_in_registers(const char* const* p, int64_t m, const Plan& plan,
   return any_nan(total);
 }
 
-#define FLCORE_MEDIAN(n) &median_in_registers<n>
-#define FLCORE_SORT(n) &sort_in_registers<n>
-#define FLCORE_SORT_RUN(n) &network_in_place<SortNetwork<n>>
+// Instrumented networks take minutes to compile: a sanitizer build has some sizes, null for others.
+template <int N>
+constexpr bool built() {
+#if defined(__SANITIZE_ADDRESS__)
+  return N == 1 || N == 5 || N == 32;
+#else
+  return true;
+#endif
+}
+template <int N>
+constexpr SelectFn median_of() {
+  if constexpr (built<N>()) return &median_in_registers<N>;
+  return nullptr;
+}
+template <int N>
+constexpr SelectFn sort_of() {
+  if constexpr (built<N>()) return &sort_in_registers<N>;
+  return nullptr;
+}
+
+#define FLCORE_MEDIAN(n) median_of<n>()
+#define FLCORE_SORT(n) sort_of<n>()
 static const SelectFn MEDIAN[33] = {nullptr, FLCORE_1_TO_16(FLCORE_MEDIAN),
                                     FLCORE_17_TO_32(FLCORE_MEDIAN)};
 static const SelectFn SORT[33] = {nullptr, FLCORE_1_TO_16(FLCORE_SORT),
                                   FLCORE_17_TO_32(FLCORE_SORT)};
-static const NetworkFn SORT_RUN[33] = {nullptr, FLCORE_1_TO_16(FLCORE_SORT_RUN),
-                                       FLCORE_17_TO_32(FLCORE_SORT_RUN)};
 
+// Runs of 32 and a last one whose length is a multiple of 4.
+#define FLCORE_SORT_RUN(n) &network_in_place<SortNetwork<n>>
+static const NetworkFn SORT_RUN[9] = {nullptr,
+                                      FLCORE_SORT_RUN(4),
+                                      FLCORE_SORT_RUN(8),
+                                      FLCORE_SORT_RUN(12),
+                                      FLCORE_SORT_RUN(16),
+                                      FLCORE_SORT_RUN(20),
+                                      FLCORE_SORT_RUN(24),
+                                      FLCORE_SORT_RUN(28),
+                                      FLCORE_SORT_RUN(32)};
+
+// Sorts a[0 .. n - 1]; what follows up to a multiple of 4 is overwritten.
 static void sort_values(vf32* a, int64_t n) {
-  if (n > 128) return sort_general(a, n);
+  if (n <= 32 || n > 128) return sort_general(a, n);
+  const int64_t padded = (n + 3) / 4 * 4;
+  for (int64_t i = n; i < padded; ++i) a[i] = vf32{} + __builtin_inff();
   for (int64_t first = 0; first < n; first += 32)
-    SORT_RUN[n - first < 32 ? n - first : 32](a + first, 1);
-  if (n > 32) merge_32(a, n < 64 ? n : 64);
+    SORT_RUN[padded - first < 32 ? (padded - first) / 4 : 8](a + first, 1);
+  merge_32(a, n < 64 ? n : 64);
   if (n > 96) merge_32(a + 64, n - 64);
   if (n > 64) merge_64(a, n);
 }
@@ -140,8 +172,10 @@ static bool sort_in_cache(const char* const* p, int64_t m, const Plan& plan,
 
 static bool run(const char* const* p, int64_t m, const Plan& plan, void* buffer, float* out) {
   vf32* a = static_cast<vf32*>(buffer);
-  if (plan.n > 32) return sort_in_cache<float>(p, m, plan, a, out);
-  return (plan.op == SELECT_MEDIAN ? MEDIAN : SORT)[plan.n](p, m, plan, a, out);
+  if (plan.n <= 32)
+    if (const SelectFn kernel = (plan.op == SELECT_MEDIAN ? MEDIAN : SORT)[plan.n])
+      return kernel(p, m, plan, a, out);
+  return sort_in_cache<float>(p, m, plan, a, out);
 }
 static bool run(const char* const* p, int64_t m, const Plan& plan, void* buffer, double* out) {
   return sort_in_cache<double>(p, m, plan, static_cast<vf64*>(buffer), out);
@@ -165,39 +199,43 @@ FLCORE_INLINE T load1_as(const void* x, int64_t i) {
     return load1<D>(x, i);
 }
 
-// Writes m values of row `r` of layer l from `offset` on, mixed when asked for, at `to`.
+// Values offset .. offset + m - 1 of a row, in the working type; padded with zeros to whole
+// vectors.
 template <int D, class T>
-static void stage_row(const SelectArgs& a, int64_t l, int64_t r, int64_t offset, int64_t m, T* to) {
+static void stage_row(const void* x, int64_t offset, int64_t m, T* to) {
   typedef typename VectorOf<T>::type V;
   constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(T));
-  if (!a.mix_starts) {
-    const void* x = a.rows[r * a.layers + l];
-    int64_t i = 0;
-    for (; i + WIDTH <= m; i += WIDTH)
-      store(to + i, load_as<D>(x, offset + i, static_cast<const V*>(nullptr)));
-    for (; i < m; ++i) to[i] = load1_as<D, T>(x, offset + i);
-    return;
+  int64_t i = 0;
+  for (; i + WIDTH <= m; i += WIDTH) {
+    __builtin_prefetch(static_cast<const char*>(x) + dtype_bytes(D) * (offset + i) + AHEAD, 0, 2);
+    store(to + i, load_as<D>(x, offset + i, static_cast<const V*>(nullptr)));
   }
+  for (; i < m; ++i) to[i] = load1_as<D, T>(x, offset + i);
+  for (; i % WIDTH; ++i) to[i] = 0;
+}
+
+// Mixed row r from staged rows, m coordinates of whole vectors; a product and a sum at a time, in
+// the order of the entries.
+template <int BLOCK, class T>
+static void mix_row(const SelectArgs& a, int64_t r, const T* rows, int64_t stride, int64_t m,
+                    T* to) {
+  typedef typename VectorOf<T>::type V;
+  constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(T));
   const int64_t first = a.mix_starts[r], last = a.mix_starts[r + 1];
   int64_t i = 0;
-  for (; i + 4 * WIDTH <= m; i += 4 * WIDTH) {
-    V sum[4] = {};
+  for (; i + BLOCK * WIDTH <= m; i += BLOCK * WIDTH) {
+    V sum[BLOCK] = {};
     for (int64_t e = first; e < last; ++e) {
-      const void* x = a.rows[a.mix_rows[e] * a.layers + l];
+      const T* x = rows + a.mix_rows[e] * stride + i;
       const T w = T(a.mix_values[e]);
-      unroll<4>([&](auto k) FLCORE_LAMBDA {
-        sum[k.value] = sum[k.value] + w * load_as<D>(x, offset + i + k.value * WIDTH,
-                                                     static_cast<const V*>(nullptr));
+      unroll<BLOCK>([&](auto k) FLCORE_LAMBDA {
+        sum[k.value] = sum[k.value] + w * load<V>(x + k.value * WIDTH);
       });
     }
-    unroll<4>([&](auto k) FLCORE_LAMBDA { store(to + i + k.value * WIDTH, sum[k.value]); });
+    unroll<BLOCK>([&](auto k) FLCORE_LAMBDA { store(to + i + k.value * WIDTH, sum[k.value]); });
   }
-  for (; i < m; ++i) {
-    T sum = 0;
-    for (int64_t e = first; e < last; ++e)
-      sum = sum +
-            T(a.mix_values[e]) * load1_as<D, T>(a.rows[a.mix_rows[e] * a.layers + l], offset + i);
-    to[i] = sum;
+  if constexpr (BLOCK > 1) {
+    if (i < m) mix_row<1>(a, r, rows + i, stride, m - i, to + i);
   }
 }
 
@@ -215,21 +253,30 @@ static void restore_nan(const char* const* p, int64_t n, int64_t m, T* out) {
 // Scratch of one thread.
 struct Workspace {
   const char** p;  // [count] where the values of each row start
-  char* buffer;    // [count] vectors
+  char* buffer;    // [count + 3] vectors
   char* rows;      // [count][staged] values
+  char* raw;       // [n][staged] values before they are mixed
+  char* used;      // [n] whether a row has a coefficient
 };
 
 // 64-byte multiples, so that vectors lie on cache lines
 static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t scratch_bytes(int64_t, int64_t count) {
-  return up(8 * count) + up(VEC_BYTES * count) + up(8 * count * staged(count));
+static int64_t scratch_bytes(int64_t n, int64_t count) {
+  return up(8 * count) + up(VEC_BYTES * (count + 3)) + up(8 * count * staged(count)) +
+         up(8 * n * staged(count)) + up(n);
 }
 
-static Workspace workspace(void* scratch, int64_t thread, int64_t n, int64_t count) {
-  char* base = static_cast<char*>(scratch) + thread * scratch_bytes(n, count);
-  char* buffer = base + up(8 * count);
-  return {reinterpret_cast<const char**>(base), buffer, buffer + up(VEC_BYTES * count)};
+static Workspace workspace(const SelectArgs& a, int64_t thread) {
+  char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a.n, a.count);
+  char* buffer = base + up(8 * a.count);
+  char* rows = buffer + up(VEC_BYTES * (a.count + 3));
+  char* raw = rows + up(8 * a.count * staged(a.count));
+  char* used = raw + up(8 * a.n * staged(a.count));
+  for (int64_t r = 0; r < a.n; ++r) used[r] = 0;
+  if (a.mix_starts)
+    for (int64_t e = 0; e < a.mix_starts[a.count]; ++e) used[a.mix_rows[e]] = 1;
+  return {reinterpret_cast<const char**>(base), buffer, rows, raw, used};
 }
 
 template <int D, class T>
@@ -253,13 +300,19 @@ static bool piece(const SelectArgs& a, const Plan& plan, const Workspace& w, int
     bad |= found;
     done = direct;
   }
-  T* rows = reinterpret_cast<T*>(w.rows);
+  T *rows = reinterpret_cast<T*>(w.rows), *raw = reinterpret_cast<T*>(w.raw);
   for (; done < m; done += step) {
     const int64_t length = m - done < step ? m - done : step;
     const int64_t padded = (length + WIDTH - 1) / WIDTH * WIDTH;
+    if (a.mix_starts)
+      for (int64_t r = 0; r < a.n; ++r)
+        if (w.used[r])
+          stage_row<D>(a.rows[r * a.layers + l], offset + done, length, raw + r * step);
     for (int64_t r = 0; r < plan.n; ++r) {
-      stage_row<D, T>(a, l, r, offset + done, length, rows + r * step);
-      for (int64_t k = length; k < padded; ++k) rows[r * step + k] = 0;
+      if (a.mix_starts)
+        mix_row<4>(a, r, raw, step, padded, rows + r * step);
+      else
+        stage_row<D>(a.rows[r * a.layers + l], offset + done, length, rows + r * step);
       w.p[r] = reinterpret_cast<const char*>(rows + r * step);
     }
     alignas(64) T values[MAX_STAGED];
@@ -277,7 +330,7 @@ static int select(const SelectArgs& a) {
   const int64_t tiles = a.first_tile[a.layers];
   int flags = 0;
   for_chunks(a.threads, a.threads, [&](int64_t thread) {
-    const Workspace w = workspace(a.scratch, thread, a.n, a.count);
+    const Workspace w = workspace(a, thread);
     const int64_t end = tiles * (thread + 1) / a.threads;
     for (int64_t tile = tiles * thread / a.threads; tile < end; ++tile) {
       const int64_t l = find_layer(a.first_tile, a.layers, tile);
@@ -301,7 +354,7 @@ static int select(const SelectArgs& a) {
       if (bad) __atomic_store_n(&flags, int(SELECT_NONFINITE), __ATOMIC_RELAXED);
     }
   });
-  return flags;
+  return a.propagate ? 0 : flags;
 }
 
 }  // namespace FLCORE_ISA

@@ -23,7 +23,7 @@ template <class V>
 FLCORE_INLINE V middle(const V& lower, const V& upper, int median) {
   if (median == MEDIAN_LOWER) return lower;
   if (median == MEDIAN_UPPER) return upper;
-  return lower * 0.5f + upper * 0.5f;  // halving is exact and cannot overflow
+  return lower * 0.5f + upper * 0.5f;  // cannot overflow
 }
 
 // Sums run from the smallest value up and are divided once.
@@ -36,14 +36,16 @@ FLCORE_INLINE V trimmed_mean(const V* a, int64_t n, int64_t f) {
 
 // Mean of the `keep` values nearest to c: a window of the sorted order. Of the values r, r + keep,
 // r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the value that
-// enters is nearer than the one that leaves, and that test turns false once and for all.
+// enters is nearer than the one that leaves, that is, for as long as their midpoint lies below c, and
+// that turns false once and for all. (Midpoints, not distances: those of the two middle values to
+// their mean are equal, and rounding must not tell them apart.)
 template <class V, class T>
 FLCORE_INLINE V nearest_mean(const V* a, int64_t n, int64_t keep, const V& c) {
   V sum = {};
   for (int64_t r = 0; r < keep; ++r) {
     V pick = a[r];
     for (int64_t i = r; i + keep < n; i += keep)
-      pick = a[i + keep] - c < c - a[i] ? a[i + keep] : pick;
+      pick = a[i] * T(0.5) + a[i + keep] * T(0.5) < c ? a[i + keep] : pick;
     sum = sum + pick;
   }
   return sum / (V{} + T(keep));

@@ -109,13 +109,14 @@ static int step_kind(const StepArgs& a, int64_t layer, int64_t offset, const T* 
     if constexpr (HAS_M) first = load<V>(m_old + i);
     if constexpr (HAS_V) second = load<V>(v_old + i);
     advance<KIND>(s, load<V>(d + i), w, first, second);
-    bad = bad + w * T(0);  // NaN for NaN and infinity
     if constexpr (HAS_M) store(m_new + i, first);
     if constexpr (HAS_V) {
       store(v_new + i, second);
       bad = bad + second * T(0);
     }
     store_lanes<W>(next, offset + i, w);
+    if constexpr (W == F16 || W == BF16) w = load_f32<W>(next, offset + i);  // as stored
+    bad = bad + w * T(0);  // NaN for NaN and infinity
     if (copy && a.copy_dtype == F16) store_lanes<F16>(copy, offset + i, w);
     if (copy && a.copy_dtype == BF16) store_lanes<BF16>(copy, offset + i, w);
   }
@@ -129,10 +130,11 @@ static int step_kind(const StepArgs& a, int64_t layer, int64_t offset, const T* 
     if constexpr (HAS_M) first = load<T>(m_old + i);
     if constexpr (HAS_V) second = load<T>(v_old + i);
     advance<KIND>(s, d[i], w, first, second);
-    rest = rest + (w * T(0) + second * T(0));
     if constexpr (HAS_M) store(m_new + i, first);
     if constexpr (HAS_V) store(v_new + i, second);
     store1<W>(next, offset + i, w);
+    if constexpr (W == F16 || W == BF16) w = load1<W>(next, offset + i);
+    rest = rest + (w * T(0) + second * T(0));
     if (copy && a.copy_dtype == F16) store1<F16>(copy, offset + i, w);
     if (copy && a.copy_dtype == BF16) store1<BF16>(copy, offset + i, w);
   }

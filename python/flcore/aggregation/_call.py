@@ -80,12 +80,16 @@ class Call:
 
     def _needs(self) -> set[str]:
         """What must be known of the rows; norms of mixed rows come from distances."""
-        needs, mixed = {"distances"} if self.center is not None else set(), False
-        for step in (*self.before, self.rule):
+        needs = set() if self.center is None else {"distances"}
+        mixed = False
+        for step in self._steps():
             own = step._needs()
             needs.add("distances" if own == "norms" and mixed else own)
             mixed = mixed or not getattr(step, "keeps_weights", True)
         return needs - {"nothing"}
+
+    def _steps(self) -> list[PreAggregator | Rule]:
+        return [*self.before, self.rule]
 
     def rows(self) -> list[list[Any]]:
         """Floating layers of the clients that are read, and of the centre."""
@@ -104,14 +108,14 @@ class Call:
         if not needs:
             return Geometry.of(None, np.zeros(len(self.clients)))
         views = [self.sub.views(row, f"updates[{i}]") for i, row in enumerate(self.rows())]
-        found = {
-            kind: self._gram(views, kind)
-            for kind in ("distances", "products", "layers")
-            if kind in needs
-        } or {"norms": self._gram(views, "norms")}
+        order = ("distances", "products", "layers", "norms")
+        kinds: list[str] = [kind for kind in order if kind in needs]
+        if len(kinds) > 1 and kinds[-1] == "norms":
+            kinds.pop()  # the others tell
+        found = {kind: self._gram(views, kind) for kind in kinds}
         good = self._leave_out(next(iter(found.values())), policy)
         geometry = self._geometry(found).take(good)
-        if any(step.shrinks for step in (*self.before, self.rule)) and "products" not in found:
+        if any(step.shrinks for step in self._steps()) and "products" not in found:
             if "distances" in found and geometry.far.any():
                 found["products"] = self._gram(views, "products")
                 geometry = self._geometry(found).take(good)
@@ -144,7 +148,7 @@ class Call:
             by_layer = found["layers"].products
             assert by_layer is not None
             sizes = [int(np.prod(shape, dtype=int)) for _, _, shape, _ in self.sub.specs]
-            layers = LayerProducts(by_layer, self.sub.keys, tuple(sizes))
+            layers = LayerProducts(by_layer, self.sub.keys, tuple(sizes), self.layout.keys)
             norms = norms.sum(axis=0) if norms.ndim == 2 else norms
             products = by_layer.sum(axis=0) if products is None else products
         accuracy = 2.0**-24 if first.precision == "float32" else 2.0**-53
@@ -199,7 +203,8 @@ class Call:
         elif decision.by_layer is not None:
             results = self._by_layer(decision.by_layer, mix, float_targets, policy)
         else:
-            shares = self._shares(decision, mix)
+            assert decision.coefficients is not None
+            shares = self._carried(decision.coefficients, mix)
             results = self._combination(shares, slice(None), float_targets, policy)
         layers = dict(zip(self.floats, results, strict=True))
         for j in self.integers:
@@ -232,9 +237,8 @@ class Call:
         self, coefficients: np.ndarray, mix: np.ndarray | None, out: Any, policy: str
     ) -> list[Any]:
         """Sum of every layer with its own weights; `out` is written when all went well."""
-        carried = coefficients if mix is None else np.einsum("la,ai->li", coefficients, mix)
         layers = []
-        for j, shares in enumerate(carried):
+        for j, shares in enumerate(self._carried(coefficients, mix)):
             layers += self._combination(shares, slice(j, j + 1), None, policy)
         if out is None:
             return layers
@@ -271,8 +275,7 @@ class Call:
     def _integer(self, j: int, decision: Decision, mix: np.ndarray | None) -> Any:
         """Aggregate one integer layer in float64 and round it; a few numbers, so NumPy does it.
 
-        Coefficients are scaled to sum to one (a step counter is not to be clipped), and are all
-        alike where that has no meaning: negative ones, or none.
+        Shares are scaled to sum to one: a step counter is not to be clipped.
         """
         like = self.all_rows[0][j]
         present = [i for i in self.clients if i not in self.nonfinite]
@@ -293,22 +296,17 @@ class Call:
             keep = len(x) - f if keep is None else min(keep, len(x))
             value = order_statistic(x, want.op, median=want.median, f=f, keep=keep)
         else:
-            c = np.ones(len(x))
-            if decision.coefficients is not None:
-                shares = self._shares(decision, mix)
-                c = shares if (shares >= 0).all() and shares.any() else c
+            own = decision.coefficients if decision.shares is None else decision.shares
+            c = np.ones(len(x)) if own is None or not own.any() else self._carried(own, mix)
             value = np.einsum("i,ij->j", c / c.sum(), x)
         result = _arrays.empty_like(like)
         _arrays.assign(result, np.rint(value).reshape(tuple(like.shape)))
         return result
 
     @staticmethod
-    def _shares(decision: Decision, mix: np.ndarray | None) -> np.ndarray:
-        """Coefficients on the clients: those on the mixed rows, carried back."""
-        assert decision.coefficients is not None
-        if mix is None:
-            return decision.coefficients
-        return np.einsum("a,ai->i", decision.coefficients, mix)
+    def _carried(coefficients: np.ndarray, mix: np.ndarray | None) -> np.ndarray:
+        """Coefficients (..., n) on the clients, from those on the mixed rows."""
+        return coefficients if mix is None else np.einsum("...a,ai->...i", coefficients, mix)
 
     # ---- why -----------------------------------------------------------------------------------
 
@@ -335,7 +333,7 @@ class Call:
         coefficients = scores = distances = None
         if decision.coefficients is not None:
             coefficients = np.zeros(n)
-            coefficients[self.clients] = self._shares(decision, mix)
+            coefficients[self.clients] = self._carried(decision.coefficients, mix)
         if decision.scores is not None:
             scores = np.full(rows, np.nan)
             scores[names] = decision.scores

@@ -32,6 +32,9 @@ class Decision:
         Or every floating layer has coefficients of its own.
     statistic : Statistic, optional
         Or it is this statistic over the rows in `selected`.
+    shares : (n,) float64, optional
+        Weights of the mean that integer layers get; by default `coefficients`. Scaled to sum to
+        one; all equal when they are all zero, or when there are no coefficients.
     selected : (n,) bool, optional
         Rows that were chosen; by default those with a coefficient that is not zero.
     scores : (n,) float64, optional
@@ -41,6 +44,7 @@ class Decision:
     coefficients: np.ndarray | None = None
     by_layer: np.ndarray | None = None
     statistic: Statistic | None = None
+    shares: np.ndarray | None = None
     selected: np.ndarray | None = None
     scores: np.ndarray | None = None
 

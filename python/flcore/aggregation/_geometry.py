@@ -30,11 +30,14 @@ class LayerProducts:
         Name of each layer in the update: dict key or position; None for a single array.
     sizes : tuple of int
         Number of elements.
+    names : tuple
+        Names of all layers, integer ones too.
     """
 
     products: np.ndarray
     keys: tuple
     sizes: tuple[int, ...]
+    names: tuple
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,16 @@ class Geometry:
         """The row with the smallest median distance to the rows: one in their midst."""
         return int(np.argmin(np.median(self.distances, axis=1)))
 
+    @property
+    def midst(self) -> np.ndarray:
+        """The ``n // 2 + 1`` rows nearest to the row in their midst, ascending."""
+        return np.sort(self.order(self.distances[self._core])[: self.n // 2 + 1])
+
+    @property
+    def spread(self) -> float:
+        """Median distance to the row in their midst: near rows outvote far ones."""
+        return float(np.sqrt(np.median(self.distances[self._core])))
+
     @cached_property
     def far(self) -> np.ndarray:
         """Rows (n,) bool whose position among the others their distances do not tell.
@@ -122,8 +135,8 @@ class Geometry:
         wrong by accuracy * R, without a limit on R. Inner products about the zero vector are wrong
         by accuracy * R only, and leave accuracy.
         """
-        away = self.distances[self._core]
-        return self.accuracy * np.sqrt(away) > COARSE * np.sqrt(np.median(away))
+        away = np.sqrt(self.distances[self._core])
+        return self.accuracy * away > COARSE * self.spread
 
     @cached_property
     def frame(self) -> np.ndarray:

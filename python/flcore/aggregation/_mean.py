@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from flcore import _arrays, _updates
+from flcore.aggregation._decision import Decision
+from flcore.aggregation._geometry import Geometry
 from flcore.aggregation._integers import POLICIES, IntegerLayer, split_layers
-from flcore.errors import InvalidInputError
-from flcore.ops.combine import ACCUMULATE, NONFINITE, combine_layers
+from flcore.aggregation._rule import Rule, check_choice
+from flcore.ops.combine import combine_layers
 
 __all__ = ["Mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
+class Mean(Rule):
     r"""Weighted mean, ``sum_i p_i x_i`` with ``p_i = q_i / sum_j q_j``.
 
     The rule of FedAvg when the weights ``q_i`` are example counts. One read of every value.
@@ -46,22 +50,19 @@ class Mean:
     AISTATS 2017.
     """
 
-    accumulate: str = "float32"
-    nonfinite: str = "raise"
     integers: str = "mean"
+    needs: ClassVar[str] = "nothing"
+    weighted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("accumulate", ACCUMULATE),
-            ("nonfinite", NONFINITE),
-            ("integers", POLICIES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InvalidInputError(
-                    f"{name}: expected one of {allowed}, got {getattr(self, name)!r}"
-                )
+        super().__post_init__()
+        check_choice("integers", self.integers, POLICIES)
 
-    def __call__(
+    def _decide(self, geometry: Geometry, weights: np.ndarray | None, excluded: int) -> Decision:
+        q = np.ones(geometry.n) if weights is None else weights
+        return Decision(q / q.sum())
+
+    def __call__(  # type: ignore[override]  # has no centre
         self,
         updates: Any,
         weights: Sequence[float] | None = None,

@@ -42,7 +42,8 @@ class NovaSteps:
     Notes
     -----
     The authors' code differs where momentum *and* proximal term are on: it counts
-    ``A <- (1 - lr mu) (A + r) + 1``, which adds a step twice.
+    ``A <- (1 - lr mu) (A + r) + 1``, which adds a step twice. Nesterov momentum is counted as plain
+    momentum there; its own count would be ``1 + rho r`` in place of r.
 
     References
     ----------

@@ -31,6 +31,7 @@ __all__ = [
 FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
+    "moments": "flcore.bench.moments",
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
 }

@@ -182,7 +182,7 @@ def _caf(rows: Rows, f: int) -> Expected:
     """Drop the rows along the widest direction of the weighted covariance, exactly."""
     n = len(rows.gram)
     weights, best, smallest = np.ones(n), np.full(n, 1 / n), np.inf
-    while weights.sum() > n - 2 * f:
+    while weights.sum() > (n - 2 * f) * (1 + 1e-12):  # rounding is no weight
         p = weights / weights.sum()
         toward = rows.gram @ p
         centred = rows.gram - toward[:, None] - toward[None, :] + p @ toward
@@ -191,7 +191,7 @@ def _caf(rows: Rows, f: int) -> Expected:
         if values[-1] < smallest:
             best, smallest = p, values[-1]
         spread = (centred @ (root * vectors[:, -1])) ** 2
-        weights = weights * (1 - spread / spread.max())
+        weights = np.maximum(0.0, weights * (1 - spread / spread[weights > 0].max()))
     return _weighted(rows, best)
 
 

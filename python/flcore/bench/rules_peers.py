@@ -22,24 +22,28 @@ from flcore.reference.select import order_statistic
 
 __all__ = ["rule_peers"]
 
-# ByzFL's filter makes one power step from a random start, so that its weights are random; without
-# the filter the shift of the bad rows would be in every coordinate: 3 * 6 / 32 = 0.56.
-CAF_RMS = 0.2
+# ByzFL's filter makes one power step from a random start.  Its weights are random, and when the
+# start happens to be nearly orthogonal to the widest direction it returns the plain mean, in which
+# the shift of the bad rows is 3 * 6 / 32 = 0.56 in every coordinate.
+CAF_RMS = 0.7
 
 # How ByzFL spells a rule: from (module, f, numel) to a fresh callable of the stacked matrix.
-_BYZFL: dict[str, Callable[[Any, int, int], Callable[[Any], Any]]] = {
-    "mean": lambda b, f, d: b.Average(),
-    "median": lambda b, f, d: b.Median(),
-    "trimmed_mean": lambda b, f, d: b.TrMean(f),
-    "meamed": lambda b, f, d: b.Meamed(f),
-    "krum": lambda b, f, d: b.Krum(f),
-    "multi_krum": lambda b, f, d: b.MultiKrum(f),
-    "geometric_median": lambda b, f, d: b.GeometricMedian(),
+_BYZFL: dict[str, tuple[str, Callable[[Any, int, int], Callable[[Any], Any]]]] = {
+    "mean": ("Average", lambda b, f, d: b.Average()),
+    "median": ("Median", lambda b, f, d: b.Median()),
+    "trimmed_mean": ("TrMean", lambda b, f, d: b.TrMean(f)),
+    "meamed": ("Meamed", lambda b, f, d: b.Meamed(f)),
+    "krum": ("Krum", lambda b, f, d: b.Krum(f)),
+    "multi_krum": ("MultiKrum", lambda b, f, d: b.MultiKrum(f)),
+    "geometric_median": ("GeometricMedian", lambda b, f, d: b.GeometricMedian()),
     # keeps its result as the next centre: a new one for each call
-    "centered_clipping": lambda b, f, d: lambda x: b.CenteredClipping(tau=clip_radius(d))(x),
-    "mda": lambda b, f, d: b.MDA(f),
-    "caf": lambda b, f, d: b.CAF(f),
-    "nnm_trimmed_mean": lambda b, f, d: lambda x: b.TrMean(f)(b.NNM(f)(x)),
+    "centered_clipping": (
+        "CenteredClipping",
+        lambda b, f, d: lambda x: b.CenteredClipping(tau=clip_radius(d))(x),
+    ),
+    "mda": ("MDA", lambda b, f, d: b.MDA(f)),
+    "caf": ("CAF", lambda b, f, d: b.CAF(f)),
+    "nnm_trimmed_mean": ("NNM, TrMean", lambda b, f, d: lambda x: b.TrMean(f)(b.NNM(f)(x))),
 }
 
 
@@ -50,7 +54,7 @@ def rule_peers(rule: str, data: Clients, setup: Setup) -> tuple[list[Contestant]
     if rule in _TORCH:
         torch, reason = optional("torch")
         if torch is None:
-            field.leave_out(reason, f"torch ({rule})")
+            field.leave_out(reason, "torch")
         else:
             tensors = [torch.from_numpy(matrix) for matrix in data.stacked]
             _TORCH[rule](field, torch, tensors, data, setup)
@@ -63,18 +67,19 @@ def rule_peers(rule: str, data: Clients, setup: Setup) -> tuple[list[Contestant]
 
 
 def _byzfl(field: Field, rule: str, data: Clients) -> None:
-    names = "byzfl, torch tensors", "byzfl, NumPy arrays"
     if rule == "smea":
-        return field.leave_out("byzfl: random, and reads all rows for each subset", *names)
+        return field.leave_out("random, and reads all rows for each subset", "byzfl SMEA")
     if rule not in _BYZFL:
-        return field.leave_out("not in byzfl", *names)
+        return field.leave_out("has no such rule", "byzfl")
+    name, make = _BYZFL[rule]
+    names = f"byzfl {name}, torch", f"byzfl {name}, NumPy"
     byzfl, reason = byzfl_aggregators()
     if byzfl is None:
         return field.leave_out(reason, *names)
     if rule == "nnm_trimmed_mean" and not _gather_fits(data):
-        return field.leave_out("byzfl: its n (n - f) d gathered values exceed memory", *names)
+        return field.leave_out("its n (n - f) d gathered values exceed the memory", *names)
     torch: Any = optional("torch")[0]  # byzfl does not import without it
-    apply = _BYZFL[rule](byzfl, data.bad, data.numel)
+    apply = make(byzfl, data.bad, data.numel)
     check = data.loose_check(rule, CAF_RMS) if rule == "caf" else None
     tensors = [torch.from_numpy(matrix) for matrix in data.stacked]
     field.add(names[0], lambda slot: apply(tensors[slot]), check)

@@ -1,15 +1,27 @@
 """Stateless functions with explicit buffers, one module a stem; `variant=` names the backend."""
 
+from flcore.ops._combine_rows import combine_rows
+from flcore.ops._combine_step import combine_step
+from flcore.ops._step import Noise, Step, Stepped
 from flcore.ops.combine import combine
+from flcore.ops.gram import gram
 from flcore.ops.mask import dequantize_sum, mask_add, modular_sum
-from flcore.ops.moments import accumulate_moments, affine, moments, moments_each
+from flcore.ops.moments import Moments, accumulate_moments, affine, moments, moments_each
 from flcore.ops.rng import random_bits, random_normal, random_uniform
+from flcore.ops.select import select
 
 __all__ = [
+    "Moments",
+    "Noise",
+    "Step",
+    "Stepped",
     "accumulate_moments",
     "affine",
     "combine",
+    "combine_rows",
+    "combine_step",
     "dequantize_sum",
+    "gram",
     "mask_add",
     "modular_sum",
     "moments",
@@ -17,4 +29,5 @@ __all__ = [
     "random_bits",
     "random_normal",
     "random_uniform",
+    "select",
 ]

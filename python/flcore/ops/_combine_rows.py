@@ -24,7 +24,7 @@ def combine_rows(
     nonfinite: str = "raise",
     variant: str | None = None,
 ) -> list[Any]:
-    r"""m weighted sums of the same n client updates, ``sum_i matrix[k, i] * updates[i]`` for each k.
+    r"""Weighted sums of the same updates, ``sum_i matrix[k, i] * updates[i]`` for each line k.
 
     What mixing rules (nearest-neighbour mixing, bucketing) and gossip averaging do. A tile of all
     rows stays in cache while the m results are formed: ``n*s + m*s`` bytes a coordinate for a dtype
@@ -88,7 +88,8 @@ def combine_rows(
 
     def run(keep: set[int], active: list[int], w: Sequence[float]) -> int:
         some = a[:, active]
-        for k in np.flatnonzero(a.any(axis=1) & ~some.any(axis=1)):
+        emptied = (a != 0).any(axis=1) & ~(some != 0).any(axis=1)
+        for k in np.flatnonzero(emptied):
             lost = tuple(i for i in range(len(rows)) if i not in keep)
             raise NonFiniteError(
                 f"updates: NaN or infinity found in {list(lost)}, and no client is left for line "
@@ -104,7 +105,7 @@ def combine_rows(
             check=nonfinite != "propagate" or accumulate == "reproducible",
         )
 
-    read = a.any(axis=0)
+    read = (a != 0).any(axis=0)
     settle(
         run,
         views,
@@ -133,8 +134,7 @@ def _parse_matrix(matrix: Any, n: int) -> np.ndarray:
         raise InvalidInputError(f"matrix: expected (m, {n}) numbers, got {matrix!r}") from None
     if a.ndim != 2 or a.shape[1] != n or not len(a):
         raise InvalidInputError(
-            f"matrix: expected shape (m, {n}), a line a result and a column a client, "
-            f"got {a.shape}"
+            f"matrix: expected shape (m, {n}), a line a result and a column a client, got {a.shape}"
         )
     if not np.isfinite(a).all():
         k, i = (int(v) for v in np.argwhere(~np.isfinite(a))[0])

@@ -17,6 +17,7 @@ from flcore.ops.combine import ACCUMULATE, _check_options, one_device, settle
 
 __all__ = ["combine_step", "step_layers"]
 
+
 def combine_step(
     updates: Any,
     weights: Sequence[float],
@@ -69,6 +70,7 @@ def combine_step(
         directly, and hold nothing of use when the call raises.
     cast : {"float16", "bfloat16"} or update, optional
         Also return the new model in that dtype, for broadcasting; or write it into these arrays.
+        (As in any cast, what is too large for float16 becomes infinite there.)
     nonfinite : {"raise", "exclude", "propagate"}
         As for `combine`. The new model and state are looked at too, in the same pass; `model`, `m`
         and `v` keep their values whatever happens.
@@ -117,7 +119,7 @@ def combine_step(
         for name, value in names.items()
         if value is not None and not isinstance(value, str)
     }
-    result = step_layers(
+    result, _ = step_layers(
         rows,
         lambda keep: [w[i] if i in keep else 0.0 for i in range(len(w))],
         layout.layers(model, "model", dtypes=False),
@@ -153,10 +155,10 @@ def step_layers(
     nonfinite: str,
     divisor: Callable[[set[int]], float],
     variant: str | None,
-) -> Stepped:
+) -> tuple[Stepped, set[int]]:
     """Step along parsed rows `[n][layers]`; lists of layers in, lists of layers out.
 
-    `given`: the arrays of m, v, out, m_out, v_out and cast that the caller brings. `tensors`: the
+    Also returns the clients that were not left out. `given`: the arrays of m, v, out, m_out, v_out and cast that the caller brings. `tensors`: the
     layers' names in the noise streams, by default 0, 1, ... .
     """
     codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
@@ -192,7 +194,7 @@ def step_layers(
             _explain_step(buffers.old[:1], device, variant, None)
         return flags
 
-    settle(
+    kept = settle(
         run,
         views,
         weights,
@@ -202,7 +204,7 @@ def step_layers(
         nonfinite=nonfinite,
         accumulate=accumulate,
     )
-    return buffers.finish()
+    return buffers.finish(), kept
 
 
 def _explain_step(

@@ -47,16 +47,26 @@ class Step:
         return () if self.kind == "sgd" else ("m",) if self.kind == "momentum" else ("m", "v")
 
 
-class Noise(NamedTuple):
-    """Normal noise that is added to D, drawn by coordinate (`flcore.ops.random_normal`).
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise of standard deviation `std` that is added to D, drawn by coordinate.
 
-    The stream of layer l is named by (seed, round, tensor=l, client=SERVER_STREAM); coordinate j
+    Standard normals are those of `flcore.ops.random_normal`. The stream of layer l is named by (seed, round, tensor=l, client=SERVER_STREAM); coordinate j
     takes its element j.
     """
 
     std: float
     seed: int = 0
     round: int = 0
+
+    def __post_init__(self) -> None:
+        std = self.std
+        if not (isinstance(std, int | float) and math.isfinite(std) and std >= 0):
+            raise InvalidInputError(f"std: expected a finite number >= 0, got {std!r}")
+        for name, bits in (("seed", 64), ("round", 32)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and 0 <= value < 1 << bits):
+                raise InvalidInputError(f"{name}: expected an integer below 2^{bits}, got {value!r}")
 
 
 class Stepped(NamedTuple):

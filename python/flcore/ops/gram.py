@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops.combine import NONFINITE, one_device
@@ -132,26 +132,53 @@ def gram_views(
     device = one_device(layers)
     function = _variants.choose("gram", device, variant)
     segments = [[j] for j in range(len(layers))] if per_layer else [list(range(len(layers)))]
-    wide = precision == "float64" or any(v.dtype == "float64" for v in layers)
-    matrix = function(views, layers=layers, kind=kind, wide=wide, segments=segments)
+    return settle(
+        lambda wide: function(views, layers=layers, kind=kind, wide=wide, segments=segments),
+        lambda rows: _variants.choose("nonfinite", device, _for_rows(variant))(
+            [views[i] for i in rows]
+        ),
+        kind,
+        sizes=[sum(layers[j].numel for j in members) for members in segments],
+        per_layer=per_layer,
+        wide=precision == "float64" or any(v.dtype == "float64" for v in layers),
+        widen=precision == "auto",
+        nonfinite=nonfinite,
+    )
+
+
+def settle(
+    compute: Callable[[bool], np.ndarray],
+    search: Callable[[Sequence[int]], Sequence[bool]],
+    kind: str,
+    *,
+    sizes: Sequence[int],
+    per_layer: bool,
+    wide: bool,
+    widen: bool,
+    nonfinite: str,
+) -> Gram:
+    """Find non-finite rows, and read once more where float32 does not do.
+
+    `compute(wide)` gives the matrices, `search(rows)` says which of some rows are not finite;
+    `sizes` are the elements of each segment, and `widen` allows the second read.
+    """
+    matrix = compute(wide)
     norms = matrix if kind == "norms" else np.diagonal(matrix, axis1=1, axis2=2)
+    n = matrix.shape[1]
     bad: list[int] = []
     if not np.isfinite(matrix).all() and nonfinite != "propagate":
-        suspects = np.flatnonzero(~np.isfinite(norms).all(axis=0))
-        found = _variants.choose("nonfinite", device, _for_rows(variant))(
-            [views[i] for i in suspects]
-        )
-        bad = [int(i) for i, is_bad in zip(suspects, found, strict=True) if is_bad]
+        suspects = [int(i) for i in np.flatnonzero(~np.isfinite(norms).all(axis=0))]
+        bad = [i for i, is_bad in zip(suspects, search(suspects), strict=True) if is_bad]
         if bad and nonfinite == "raise":
             raise NonFiniteError(
                 f"{', '.join(f'updates[{i}]' for i in bad)}: NaN or infinity found. Drop the "
                 "client, or pass nonfinite='exclude' to leave it out",
                 tuple(bad),
             )
-    good = np.setdiff1d(np.arange(len(views)), bad)
-    if precision == "auto" and not wide and _out_of_range(matrix, kind, good, layers, segments):
+    good = np.setdiff1d(np.arange(n), bad)
+    if widen and not wide and _out_of_range(matrix, kind, good, sizes):
         wide = True
-        matrix = function(views, layers=layers, kind=kind, wide=True, segments=segments)
+        matrix = compute(True)
     return _result(matrix.copy(), kind, per_layer, bad, wide)
 
 
@@ -160,20 +187,14 @@ def _for_rows(variant: str | None) -> str | None:
     return variant if variant in (None, "reference", "cpu", "cuda") else None
 
 
-def _out_of_range(
-    matrix: np.ndarray,
-    kind: str,
-    good: np.ndarray,
-    layers: Sequence[View],
-    segments: Sequence[Sequence[int]],
-) -> bool:
+def _out_of_range(matrix: np.ndarray, kind: str, good: np.ndarray, sizes: Sequence[int]) -> bool:
     """Whether squares of finite rows left the range of float32.
 
     They overflow to infinity; and below 2^-126 they lose digits, which matters when the mean square
     is below 2^-100 (then 2^-26 of the sum may be missing). Products of opposite signs may cancel,
     so that only their norms tell.
     """
-    least = np.array([sum(layers[j].numel for j in members) for members in segments]) * 2.0**-100
+    least = np.array(sizes) * 2.0**-100
     norms = matrix if kind == "norms" else np.diagonal(matrix, axis1=1, axis2=2)
     tested = norms[:, good]
     if kind == "distances":
@@ -270,6 +291,4 @@ def _gram_cpu(
 
 _variants.add("gram", "cpu", _variants.lazy(__name__, "_gram_cpu"), _variants.cpu_only)
 _variants.add("gram", "reference", _variants.lazy("flcore.reference.gram", "gram"))
-_variants.add(
-    "gram", "cuda", _variants.lazy("flcore.ops._gram_cuda", "gram"), _variants.needs_cuda
-)
+_variants.add("gram", "cuda", _variants.lazy("flcore.ops._gram_cuda", "gram"), _variants.needs_cuda)

@@ -6,7 +6,7 @@ top. The arithmetic, its error bound and what it does not protect: docs/secure-s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flcore import _arrays, _variants
@@ -200,9 +200,7 @@ def mask_add(
     return out
 
 
-def modular_sum(
-    rows: Sequence[Any], *, acc: Any = None, bits: int = 32, variant: str | None = None
-) -> Any:
+def modular_sum(rows: Any, *, acc: Any = None, bits: int = 32, variant: str | None = None) -> Any:
     """Sum of rows of words modulo 2^bits, into an accumulator if one is given.
 
     Exact, so any order and grouping of the rows gives the same words. Reads every row once and
@@ -214,7 +212,7 @@ def modular_sum(
         NumPy, or torch on the CPU. May be empty if `acc` is given. Bits above `bits` have no
         effect.
     acc : (numel,) uint32 array, optional
-        Added to, in place.
+        Added to, in place; contiguous.
     bits : int
         b, 1 to 32: the modulus is 2^b.
     variant : {"reference", "cpu"}, optional
@@ -241,6 +239,9 @@ def modular_sum(
     array([0, 7], dtype=uint32)
     """
     bits = whole("bits", bits, 1, 32)
+    if not isinstance(rows, Iterable):
+        raise DTypeError(f"rows: expected a list of arrays of words, got {type(rows).__name__}")
+    rows = list(rows)
     views = [words_view(row, f"rows[{i}]") for i, row in enumerate(rows)]
     fresh = acc is None
     if acc is None:

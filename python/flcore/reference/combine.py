@@ -113,7 +113,7 @@ def combine_rows(
     """Compute the formula for each line of `matrix` (m, n); zero coefficients are left out."""
     flags = 0
     for line, target in zip(matrix, out, strict=True):
-        active = np.flatnonzero(line)
+        active = [int(i) for i in np.flatnonzero(line)]
         flags |= combine(
             [rows[i] for i in active],
             [float(line[i]) for i in active],

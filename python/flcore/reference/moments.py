@@ -46,7 +46,8 @@ def moments(
                 if layer.numel:
                     x = _values(row, j, blend)
                     mean[i, j] = x.mean()
-                    m2[i, j] = np.square(x - mean[i, j]).sum()
+                    deviation = x - mean[i, j]
+                    m2[i, j] = np.square(deviation - deviation.mean()).sum()  # the mean is rounded
     return mean, m2
 
 

@@ -31,7 +31,7 @@ NONFINITE = 1  # SelectFlags in csrc/api.h
 def _median(a: np.ndarray, median: str) -> np.ndarray:
     lower, upper = a[(len(a) - 1) // 2], a[len(a) // 2]
     if median == "average":
-        return lower + (upper - lower) / 2 if len(a) % 2 == 0 else lower
+        return lower * 0.5 + upper * 0.5 if len(a) % 2 == 0 else lower
     return lower if median == "lower" else upper
 
 
@@ -39,11 +39,13 @@ def _nearest(a: np.ndarray, center: np.ndarray, keep: int) -> np.ndarray:
     """Mean of the `keep` values nearest to `center`: a window of the sorted values.
 
     Moving the window from start j to j + 1 pays while the value that enters is nearer than the one
-    that leaves; that test is true up to some j and false from there on.
+    that leaves: while their midpoint lies below the centre. That is true up to some j and false
+    from there on. (The two middle values are equally far from their mean; midpoints see that,
+    differences only up to rounding.)
     """
     start = np.zeros(a.shape[1], np.int64)
     for j in range(len(a) - keep):
-        start += a[j + keep] - center < center - a[j]
+        start += a[j] * 0.5 + a[j + keep] * 0.5 < center
     rank = np.arange(len(a))[:, None]
     inside = (rank >= start) & (rank < start + keep)
     return np.where(inside, a, 0.0).sum(axis=0) / keep

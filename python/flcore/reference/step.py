@@ -87,8 +87,8 @@ def combine_step(
             results = advance(step, d, w, m, v)
             for target, result in zip(new, results[: 1 + states], strict=False):
                 _arrays.assign(target[j].array, result)
-                if not np.isfinite(result).all():
+                if not np.isfinite(_arrays.to_float64(target[j].array)).all():
                     flags |= STEP_NONFINITE
             if len(new) > 1 + states:
-                _arrays.assign(new[-1][j].array, _arrays.to_float64(new[0][j].array))
+                _arrays.assign(new[-1][j].array, _arrays.to_float64(new[0][j].array))  # as stored
     return flags if check else flags & ~(NONFINITE | STEP_NONFINITE)

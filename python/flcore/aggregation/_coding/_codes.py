@@ -22,6 +22,7 @@ __all__ = ["CodeCondition", "CyclicCode", "FractionalRepetition", "GradientCode"
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 WARN_ERROR = 0.01
 MAX_RESIDUAL = 1e-6
+MAX_ROOTS = 4
 CACHED_PATTERNS = 256
 
 
@@ -241,11 +242,11 @@ class CyclicCode(GradientCode):
 
     Notes
     -----
-    Decoding coefficients grow fast with s. Random: ``max |a|`` is about 10^2 for (10, 3), 10^4 for
-    (64, 15), so that float32 messages lose two to five digits and half precision is useless.
-    "roots" is 10 to 100 times better for n up to 16, and for stragglers spread over the workers;
-    for s neighbours it is worse from s of about 5, and useless from 15. `condition` tells. Where
-    s + 1 divides n, `FractionalRepetition` loses nothing.
+    Decoding coefficients grow fast with s: for random codes ``max |a|`` reaches 10^2 for (10, 3)
+    and 10^4 for (64, 15), so that float32 messages lose two to five digits and half precision is
+    useless. "roots" is ten to a thousand times better up to s = 4, and for stragglers that are
+    spread over the workers; s neighbours are worse from about 6, and cannot be decoded for 15.
+    `condition` tells. Where s + 1 divides n, `FractionalRepetition` loses nothing.
 
     Examples
     --------
@@ -368,14 +369,18 @@ class FractionalRepetition(GradientCode):
 
 
 def gradient_code(n: int, s: int, *, seed: int = 0) -> GradientCode:
-    """Make the code that loses least: fractional repetition if s + 1 divides n, else cyclic.
+    """Make the code that loses least for n and s.
+
+    `FractionalRepetition` where s + 1 divides n; else `CyclicCode`, of "roots" where they exist and
+    s is at most 4, or random.
 
     Examples
     --------
-    >>> type(gradient_code(6, 1)).__name__, type(gradient_code(6, 3)).__name__
-    ('FractionalRepetition', 'CyclicCode')
+    >>> [type(gradient_code(n, s)).__name__ for n, s in ((6, 1), (6, 3))]
+    ['FractionalRepetition', 'CyclicCode']
     """
     n = whole("n", n, 1)
     if n % (whole("s", s, 0, n - 1) + 1) == 0:
         return FractionalRepetition(n, s)
-    return CyclicCode(n, s, seed=seed)
+    roots = (n + s) % 2 == 1 and s <= MAX_ROOTS
+    return CyclicCode(n, s, construction="roots" if roots else "random", seed=seed)

@@ -1,8 +1,8 @@
 """Centres that are found step by step: geometric median (Weiszfeld) and centred clipping.
 
 Both keep an affine combination ``z = sum_i w_i x_i + w_n o`` of rows and origin and need only its
-distances to the rows, ``||z - x_i||^2 = G_ii - 2 (G w)_i + w^T G w`` with G the inner products about
-any fixed point (`Geometry.frame`). The vectors are never touched.
+distances to the rows, ``||z - x_i||^2 = G_ii - 2 (G w)_i + w^T G w`` with G the inner products
+about any fixed point (`Geometry.frame`). The vectors are never touched.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def weiszfeld(
     iterations: int,
     tolerance: float | None = None,
     away: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Smoothed Weiszfeld steps towards ``argmin_z sum_i a_i ||z - x_i||``.
 
-    ``b_i = a_i / max(smoothing, ||z - x_i||)``, ``z <- sum_i b_i x_i / sum_i b_i`` (Pillutla et al.,
-    IEEE TSP 2022, Algorithm 2).
+    ``b_i = a_i / max(smoothing, ||z - x_i||)``, ``z <- sum_i b_i x_i / sum_i b_i`` (Pillutla et
+    al., IEEE TSP 2022, Algorithm 2).
 
     Parameters
     ----------
@@ -55,23 +55,22 @@ def weiszfeld(
         Weights of the rows, which sum to one.
     distances : (n,) float64
         Distances of the rows to the result.
-    steps : int
-        Steps that were taken.
+    objectives : list of float
+        F at the start and after each step.
     """
     z = start
     away = distances_to(frame, z) if away is None else away
     floor = max(smoothing, 1e-290)  # 1 / floor and its sums stay finite
-    before = (weights * away).sum()
-    step = 0
-    for step in range(1, iterations + 1):
+    objectives = [float((weights * away).sum())]
+    for _ in range(iterations):
         pull = weights / np.maximum(floor, away)
         z = np.append(pull / pull.sum(), 0.0)
         away = distances_to(frame, z)
-        after = (weights * away).sum()
+        objectives.append(float((weights * away).sum()))
+        before, after = objectives[-2:]
         if tolerance is not None and abs(before - after) <= tolerance * after:
             break
-        before = after
-    return z[:-1], away, step
+    return z[:-1], away, objectives
 
 
 def clip_about_centre(

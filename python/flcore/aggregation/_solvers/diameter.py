@@ -13,7 +13,10 @@ from flcore.errors import InvalidInputError
 
 __all__ = ["smallest_diameter"]
 
-MOST_BRANCHES = 200_000  # about two seconds
+MOST_BRANCHES = 200_000  # some seconds
+# Distances that agree to this, relative, are taken as equal: the differences of mixed rows (NNM)
+# coincide in exact arithmetic, and rounding must not choose among subsets.
+TIED = 1e-12
 
 
 class _Cover:
@@ -84,7 +87,8 @@ def smallest_diameter(distances: np.ndarray, keep: int) -> np.ndarray:
     Returns
     -------
     (keep,) int
-        Ascending. Of several such subsets the first in lexicographic order.
+        Ascending. Of several such subsets (distances equal to 1e-12, relative) the first in
+        lexicographic order.
 
     Raises
     ------
@@ -131,7 +135,7 @@ def smallest_diameter(distances: np.ndarray, keep: int) -> np.ndarray:
 
 def _farther(distances: np.ndarray, limit: float) -> list[int]:
     """Bits of the rows farther than `limit` from each row; none from itself."""
-    far = distances > limit
+    far = distances > limit * (1 + TIED)
     np.fill_diagonal(far, False)
     packed = np.packbits(far, axis=1, bitorder="little")
     return [int.from_bytes(row.tobytes(), "little") for row in packed]

@@ -1,8 +1,8 @@
 """Rows that spread least: subsets (SMEA) and weights (CAF) of smallest top covariance eigenvalue.
 
 With S rows of weights p (sum one) and G their inner products about any fixed point, the covariance
-``sum_i p_i (x_i - mu)(x_i - mu)^T`` has the nonzero eigenvalues of ``diag(sqrt p) G_c diag(sqrt p)``
-with ``G_c = G - (G p) 1^T - 1 (G p)^T + p^T G p``: an n x n problem.
+``sum_i p_i (x_i - mu)(x_i - mu)^T`` has the nonzero eigenvalues of the n x n matrix
+``diag(sqrt p) G_c diag(sqrt p)`` with ``G_c = G - (G p) 1^T - 1 (G p)^T + p^T G p``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,27 @@ def _top(frame: np.ndarray, p: np.ndarray, active: np.ndarray) -> tuple[float, n
     centred = frame - toward[:, None] - toward[None, :] + (p * toward).sum()
     root = np.sqrt(p[active])
     inner = root[:, None] * centred[active[:, None], active] * root[None, :]
-    values, vectors = np.linalg.eigh(inner)
-    top = max(float(values[-1]), 0.0)
-    if top == 0:
+    top = float(np.linalg.eigvalsh(inner)[-1])
+    if top <= 0:
         return 0.0, np.zeros(len(p))
-    along = np.einsum("ij,j->i", centred[:, active], root * vectors[:, -1])
+    vector = _eigenvector(inner, top)
+    along = np.einsum("ij,j->i", centred[:, active], root * vector)
     return top, along / math.sqrt(top)
+
+
+def _eigenvector(matrix: np.ndarray, value: float) -> np.ndarray:
+    """Unit eigenvector of a known eigenvalue, by inverse iteration.
+
+    `numpy.linalg.eigh` wakes the threads of the BLAS for 26 rows and more; on a busy machine it
+    then takes milliseconds instead of 0.1, and the threads spin on into the next kernel.
+    """
+    n = len(matrix)
+    shifted = matrix - value * (1 + 1e-13) * np.eye(n)
+    vector = np.cos(np.arange(1, n + 1) ** 2.0)  # no direction that data would be orthogonal to
+    for _ in range(3):
+        vector = np.linalg.solve(shifted, vector)
+        vector /= np.sqrt((vector**2).sum())
+    return vector
 
 
 def filter_weights(frame: np.ndarray, f: int, *, removed_count: bool = False) -> np.ndarray:
