@@ -8,10 +8,10 @@
 // and every G-th column. That is a difference and a fused multiply-add, or the latter alone, a pair
 // and column: a memory-bound H100 has time for the differences of about 32 rows.
 //
-// Exactness: a thread adds at most 64 terms in the working precision, then goes over to float64, for
-// everything that follows; differences, never norms minus products. Each unit leaves its matrix in a
-// workspace and a second kernel adds them in a fixed order, no atomics: the same bits in every run and
-// on every device, though not those of the CPU kernel.
+// Exactness: a thread adds at most 64 terms in the working precision, then goes over to float64 for
+// everything that follows; differences, never norms minus products. Each unit leaves its matrix in
+// a workspace and a second kernel adds them in a fixed order, no atomics: the same bits in every run
+// and on every device, though not those of the CPU kernel.
 #include <vector>
 
 #include "launch.h"
@@ -24,8 +24,8 @@ constexpr int THREADS = 256;
 constexpr int SUB = 4;           // rows of a thread, on each side of its pairs
 constexpr int ROW_BLOCK = 32;    // rows of a block, on each side
 constexpr int64_t TERMS = 64;    // terms of a sum in the working precision
-constexpr int64_t TILE_BYTES = 40 << 10;  // of shared memory; with the totals three blocks fit sm_90
-constexpr int64_t UNITS = 2048;  // stretches the layers of a call are cut into, and one a layer more
+constexpr int64_t TILE_BYTES = 40 << 10;  // of shared memory: with the totals three blocks fit
+constexpr int64_t UNITS = 2048;  // stretches a call is cut into, and at most one a layer more
 constexpr int64_t WORKSPACE = int64_t(1) << 27;  // bytes beyond which they are made longer
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -90,13 +90,14 @@ __device__ __forceinline__ void load_tile(const Table& t, int layer, int64_t beg
 #pragma unroll LOADS
     for (int i = int(threadIdx.x); i < subs << columns_log2; i += THREADS) {
       const int c = i & ((1 << columns_log2) - 1), sub = i >> columns_log2;
+      const int64_t at = begin + c;
       Real x[SUB];
 #pragma unroll
       for (int k = 0; k < SUB; ++k) {
         x[k] = Real(0);
         if (c < columns && SUB * sub + k < rows)
           x[k] = widen<D, Real>(
-              __ldg(static_cast<const Stored<D>*>(t.row(layer, first + SUB * sub + k)) + begin + c));
+              __ldg(static_cast<const Stored<D>*>(t.row(layer, first + SUB * sub + k)) + at));
       }
       store_sub(tile + c * stride + SUB * sub, x);
     }
@@ -167,8 +168,8 @@ __device__ __forceinline__ void add_groups(double* totals, int group, int groups
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-// One block for each unit and pair of row blocks (for norms each row block), the pairs of a unit side
-// by side. Shared memory: double [total_slots][THREADS], then one tile of rows, or two.
+// One block for each unit and pair of row blocks (for norms each row block), the pairs of a unit
+// side by side. Shared memory: double [total_slots][THREADS], then one tile of rows, or two.
 template <int KIND, class Real>
 __global__ void __launch_bounds__(THREADS, RESIDENT)
     gram_units(const __grid_constant__ LargeRows t, const GramWork w) {

@@ -1,5 +1,5 @@
 // What select and gram share: the table of row pointers that a launch carries by value, and the
-// launch itself. A layer is cut into units of work; units are numbered through all layers of a table.
+// launch itself. A layer is cut into units of work, numbered through all layers of a table.
 #pragma once
 
 #include "check.h"
@@ -20,7 +20,7 @@ struct RowTable {
   uint64_t words[WORDS];
 
   __host__ bool fits(int64_t more) const { return (layers + more) * (HEAD + rows) <= WORDS; }
-  __host__ __device__ uint64_t at(int layer, int k) const { return words[layer * (HEAD + rows) + k]; }
+  __device__ uint64_t at(int layer, int k) const { return words[layer * (HEAD + rows) + k]; }
   __device__ int64_t first_unit(int layer) const { return int64_t(at(layer, 0)); }
   __device__ int64_t numel(int layer) const { return int64_t(at(layer, 1)); }
   __device__ int dtype(int layer) const { return int(at(layer, 2) & 0xff); }
@@ -57,9 +57,9 @@ struct RowLayers {
   void* const* out;         // [layers] or null
 };
 
-// Calls launch(table, first layer) until every layer has been in one table. numel(l) is the length
-// of layer l, 0 to leave it out; units(l) how many units that makes; a layer counts as aligned when
-// all its addresses are multiples of align(l) bytes. `table` is scratch: too large for many copies.
+// Calls launch(table) until every layer has been in one table. numel(l) is the length of layer l, 0
+// to leave it out; units(l) how many units that makes; a layer counts as aligned when all its
+// addresses are multiples of align(l) bytes.
 template <class Table, class Numel, class Units, class Align, class Launch>
 void for_row_tables(const RowLayers& a, const Numel& numel, const Units& units, const Align& align,
                     const Launch& launch) {
@@ -116,7 +116,7 @@ struct Constant {
   static constexpr int value = I;
 };
 
-// Calls f(Constant<D>) for the dtypes that are read as Real: float64 as float64, the others as either.
+// Calls f(Constant<D>) for a dtype that is read as Real: float64 as float64 only.
 template <class Real, class F>
 __device__ __forceinline__ void with_dtype(int dtype, const F& f) {
   if (dtype == F32)

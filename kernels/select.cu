@@ -76,11 +76,11 @@ __device__ __forceinline__ void read_rows(const SmallRows& t, int layer, int64_t
   with_dtype<float>(t.dtype(layer), [&](auto d) {
     constexpr int D = decltype(d)::value;
     Stored<D> x[N][C];
-    if (C == 1 || whole) {
+    if (whole) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
         load_word(x[i], static_cast<const Stored<D>*>(t.row(layer, i)) + at);
-    } else {
+    } else if constexpr (C > 1) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
 #pragma unroll
@@ -104,10 +104,13 @@ __device__ __forceinline__ void write_out(const SmallRows& t, int layer, int64_t
     Stored<D> y[C];
 #pragma unroll
     for (int k = 0; k < C; ++k) y[k] = narrow<D>(result[k]);
-    if (C == 1 || whole) return store_word(out, y);
+    if (whole) {
+      store_word(out, y);
+    } else if constexpr (C > 1) {
 #pragma unroll
-    for (int k = 0; k < C; ++k)
-      if (k < valid) out[k] = y[k];
+      for (int k = 0; k < C; ++k)
+        if (k < valid) out[k] = y[k];
+    }
   });
 }
 
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, N * coordinates(N) >= 32 ? 2 : 3)
     const int64_t at = (tile - t.first_unit(layer)) * (THREADS * C) + C * int64_t(threadIdx.x);
     if (at >= numel) continue;
     const int valid = numel - at < C ? int(numel - at) : C;
-    const bool whole = valid == C && t.aligned(layer);
+    const bool whole = C == 1 || (valid == C && t.aligned(layer));
     float v[C][N], result[C];
     read_rows<N, C>(t, layer, at, valid, whole, v);
 #pragma unroll
@@ -245,8 +248,8 @@ static RegistersFn registers_kernel(int64_t n, std::integer_sequence<int, I...>)
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static void launch_registers(const SelectArgs& a, const SelectPlan& plan, int32_t* flags, int device,
-                             cudaStream_t stream) {
+static void launch_registers(const SelectArgs& a, const SelectPlan& plan, int32_t* flags,
+                             int device, cudaStream_t stream) {
   const auto sizes = std::make_integer_sequence<int, MAX_WIRES>();
   const RegistersFn kernel = a.op == SELECT_MEDIAN ? registers_kernel<true>(a.n, sizes)
                                                    : registers_kernel<false>(a.n, sizes);
@@ -276,14 +279,19 @@ static unsigned column_threads(size_t column, size_t limit) {
 template <class T>
 static void launch_columns(const SelectArgs& a, const SelectPlan& plan, const Mix<T>& mix,
                            int32_t* flags, int device, cudaStream_t stream) {
+  const auto numel = [&](int64_t l) {
+    return (a.dtype[l] == F64) == (sizeof(T) == 8) ? a.numel[l] : 0;
+  };
+  int64_t total = 0;
+  for (int64_t l = 0; l < a.layers; ++l) total += numel(l);
+  if (total == 0) return;
   const int64_t rows = a.n > a.count ? a.n : a.count;
   const int64_t buffers = mix.starts || a.count > RUN ? 2 : 1;
   const size_t column = size_t(buffers * rows) * sizeof(T);
   const unsigned threads = column_threads(column, shared_limit(device));
   const int64_t blocks = multiprocessors(device) * 2 * BLOCKS_PER_SM;
   for_row_tables<LargeRows>(
-      {a.n, a.layers, a.dtype, a.rows, a.out},
-      [&](int64_t l) { return (a.dtype[l] == F64) == (sizeof(T) == 8) ? a.numel[l] : 0; },
+      {a.n, a.layers, a.dtype, a.rows, a.out}, numel,
       [&](int64_t l) { return ceil_div(a.numel[l], threads); },
       [&](int64_t) { return uint64_t(1); },
       [&](const LargeRows& t) {

@@ -52,7 +52,8 @@ __device__ __forceinline__ void exchange(T* v) {
 }
 
 template <class Net, class T, int... I>
-__device__ __forceinline__ void exchange_all([[maybe_unused]] T* v, std::integer_sequence<int, I...>) {
+__device__ __forceinline__ void exchange_all([[maybe_unused]] T* v,
+                                             std::integer_sequence<int, I...>) {
   (exchange<Net, I>(v), ...);
 }
 
@@ -97,9 +98,9 @@ __device__ __forceinline__ void sort_run(const Column<T>& a, int first, int n) {
     if (i < n) a[first + i] = sorted[i];
 }
 
-// to[first] .. to[end - 1] <- merged sorted runs first .. middle - 1 and middle .. end - 1. A run that
-// is used up counts as infinity; the number of steps is fixed, so that an infinity of the other run
-// is written as often as it is there.
+// to[first] .. to[end - 1] <- sorted runs first .. middle - 1 and middle .. end - 1 merged. A run
+// that is used up counts as infinity; the number of steps is fixed, so that an infinity of the other
+// run is written as often as it is there.
 template <class T>
 __device__ __forceinline__ void merge(const Column<T>& from, const Column<T>& to, int first,
                                       int middle, int end) {
@@ -174,8 +175,8 @@ __device__ __forceinline__ T trimmed_mean(const T (&a)[N], int f) {
 }
 
 // Mean of the `keep` values nearest to c: a window of the sorted order. Of the values r, r + keep,
-// r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the midpoint of
-// the value that leaves and the one that enters lies below c, and that turns false once and for all.
+// r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the midpoint
+// of the value that leaves and the one that enters lies below c, which turns false once and for all.
 template <class T>
 __device__ __forceinline__ T nearest_mean(const Column<T>& a, int n, int keep, T c) {
   T sum = T(0);

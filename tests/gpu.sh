@@ -75,7 +75,7 @@ step() {
 sanitize() { # TOOL SECONDS LOG TESTS: compute-sanitizer sees nothing behind torch's memory cache
   step "$1" "$2" "$3" env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 86 \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k "$4"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_aggregation.py -k "$4"
 }
 
 environment='
@@ -84,7 +84,7 @@ from flcore import _variants
 info = flcore.build_info()
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print("device", torch.cuda.get_device_name(0), "of", torch.cuda.device_count(), info["cuda"])
-missing = {(op, name): why for op in ("combine", "nonfinite", "random")
+missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram")
            for name, why in _variants.available(op, "cuda:0").items() if name != "cpu" and why}
 sys.exit(f"variants that cannot run: {missing}" if missing else 0)
 '
@@ -103,7 +103,7 @@ step tests 160 tests.log env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 \
   "$python" -m pytest -q -p no:cacheprovider --durations=10 tests -m gpu
 sanitize memcheck 60 memcheck.log 'cuda and (small_calls or unaligned or layers_of)'
 for tool in racecheck synccheck initcheck; do
-  sanitize "$tool" 35 sanitizers.log 'cuda and small_calls'
+  sanitize "$tool" 40 sanitizers.log 'cuda and small_calls'
 done
 step benchmarks 110 bench.log env "PYTHONPATH=$site" "$python" -m flcore bench --device cuda \
   --no-compile --json "$out/bench.json" --markdown "$out/bench.md"

@@ -1,4 +1,4 @@
-"""What the documentation shows runs: blocks of the README, examples in docstrings, links."""
+"""What the documentation shows runs: blocks of README and pages, examples in docstrings, links."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from support import HAS_TORCH, ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+PAGE = (ROOT / "docs" / "aggregation.md").read_text()
+PAGE_BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(flcore.__path__, "flcore.")
@@ -27,6 +29,35 @@ def test_readme_block_runs(block: str):
         pytest.importorskip("torch")
         block = block.replace("torch.compile(", "torch.compile(backend='eager', model=")
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_page_on_aggregation_runs(tmp_path):
+    """Its blocks go on from each other."""
+    pytest.importorskip("torch")
+    names: dict = {}
+    for block in PAGE_BLOCKS:
+        alone = f'init_process_group("gloo", "file://{tmp_path}/meet", rank=0, world_size=1)'
+        block = block.replace('init_process_group("gloo")', alone)
+        exec(compile(block, "docs/aggregation.md", "exec"), names)
+    for layer, x in names["aggregate"].items():  # `model` is the sharded one by now
+        assert names["model"][layer].tobytes() == x.tobytes()
+
+
+def test_page_on_aggregation_names_every_rule():
+    from flcore import aggregation
+    from flcore.aggregation._rule import PreAggregator, Rule
+
+    rules = [
+        name
+        for name, kind in vars(aggregation).items()
+        if isinstance(kind, type) and issubclass(kind, Rule | PreAggregator)
+    ]
+    assert len(rules) > 15
+    table = PAGE.partition("## Rules")[2].partition("### Presets")[0]
+    streams = PAGE.partition("## Streams")[2].partition("## Shards")[0]
+    for name in rules:
+        for where in (table, streams):
+            assert re.search(rf"`{name}\b", where), name
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -117,8 +117,8 @@ def test_select_of_more_layers_than_one_launch_takes(variant, n, rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_views_and_guarded_output(variant, dtype, rng):
     for n in (3, 12, 30, 35):
-        for size in (1, 9, 1024, 5000):
-            for offset in (0, 1, 2, 3):
+        for size in (9, 5000):
+            for offset in (0, 1, 3):
                 rows = clients(rng, n, size + offset, dtype)
                 buffer = torch.full((size + 64,), 7, dtype=getattr(torch, dtype), device=DEVICE)
                 out = buffer[32 + offset : 32 + offset + size]

@@ -1,4 +1,4 @@
-"""Moments of layers and affine maps: worked examples, accuracy, bits, memory, policies, errors."""
+"""Moments of layers and affine maps: worked examples, accuracy, bits, policies, errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flcore
-from flcore import _arrays, _native, _variants
+from flcore import _native, _variants
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, VariantUnavailableError
 from flcore.ops import accumulate_moments, affine, moments, moments_each
 from flcore.ops.moments import Moments
@@ -35,8 +35,10 @@ def to_torch(x: np.ndarray):
 def to_numpy(x) -> np.ndarray:
     if isinstance(x, np.ndarray):
         return x
-    if str(x.dtype) == "torch.bfloat16":
-        return x.view(_arrays.sys.modules["torch"].int16).numpy().view(np_dtype("bfloat16"))
+    import torch
+
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(np_dtype("bfloat16"))
     return x.numpy()
 
 

@@ -115,8 +115,7 @@ struct GramCall {
 
 static int64_t gram_workspace(int64_t n, const std::vector<int64_t>& starts,
                               const std::vector<int>& dtype, int kind, bool wide) {
-  const GramCall call(Addresses(size_t(n) * dtype.size()), n, starts, dtype, kind, wide,
-                      {0, starts.empty() ? 0 : starts.back()});
+  const GramCall call(Addresses(size_t(n) * dtype.size()), n, starts, dtype, kind, wide, starts);
   return cuda::gram_workspace(call.args);
 }
 
@@ -148,8 +147,8 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         py::arg("device"), py::arg("stream"),
         "A stretch of a Philox stream (kernels/rng.cu) into uint32 or float32.");
   m.attr("SELECT_MAX_ROWS") = cuda::SELECT_MAX_ROWS;
-  m.def("select", &flcore::select, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
-        py::arg("op"), py::arg("median"), py::arg("f"), py::arg("keep"), py::arg("count"),
+  m.def("select", &flcore::select, py::arg("rows"), py::arg("n"), py::arg("numel"),
+        py::arg("dtype"), py::arg("op"), py::arg("median"), py::arg("f"), py::arg("keep"), py::arg("count"),
         py::arg("mix"), py::arg("out"), py::arg("flags"), py::arg("device"), py::arg("stream"),
         "Order statistics (kernels/select.cu); SelectFlags are or-ed into flags[0].");
   m.def("gram_workspace", &gram_workspace, py::arg("n"), py::arg("starts"), py::arg("dtype"),

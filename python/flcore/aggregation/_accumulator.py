@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from fractions import Fraction
 from typing import Any
 
@@ -10,8 +9,11 @@ import numpy as np
 
 from flcore import _arrays, _native, _updates, _variants
 from flcore.aggregation._integers import IntegerLayer, split_layers
+from flcore.aggregation._norm_bound import NormBound
+from flcore.aggregation._preaggregators import Clipping
+from flcore.aggregation._stream import as_packet, dense, facts, fresh, zeros
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops.combine import ACCUMULATE, NONFINITE, explain, one_device
+from flcore.ops.combine import ACCUMULATE, NONFINITE, _targets, explain, one_device
 
 __all__ = ["Accumulator"]
 
@@ -31,6 +33,13 @@ class Accumulator:
         Type of the sums: 4, 8 or 24 bytes a value. "reproducible": the result has the same bits
         for any order of `add` and any tree of `merge` (``|q D| < 2^46``, 16,384 clients at most).
         float64 layers always use float64 at least.
+    before : Clipping, optional
+        Norm bounding: every update is scaled down to a norm of at most c before it is added, as in
+        ``Clipping(c) >> Mean()``.
+    center : update, optional
+        With `before`, the point v about which updates are clipped: one step of `CenteredClipping`,
+        ``v + sum_i p_i min(1, c / ||x_i - v||) (x_i - v)``. It is kept, not copied, and must not
+        change.
     nonfinite : {"raise", "exclude", "propagate"}
         What an update with a NaN or an infinity does: raise `NonFiniteError`, the accumulator
         unchanged; be counted in `excluded` and not added; or pass into the sum.
@@ -48,14 +57,15 @@ class Accumulator:
     total_weight : float
         Sum of the weights of what was added.
     nbytes : int
-        Bytes held by the accumulator.
+        Bytes held by the accumulator, the centre not counted.
 
     Notes
     -----
     The weight of the first update is the unit of the sums (weights are divided by it), so that
     example counts of 10^6 do not shorten the range and a single update comes out exactly. The
     check for non-finite values reads an update once before it is added: 16 bytes a coordinate for
-    float32 instead of 12, less when the update is still in cache; "propagate" skips it.
+    float32 instead of 12, less when the update is still in cache; "propagate" skips it. With
+    `before` the norm tells, at the same cost, and "propagate" is as "exclude".
 
     Examples
     --------
@@ -73,6 +83,8 @@ class Accumulator:
         like: Any,
         dtype: str = "float32",
         *,
+        before: Clipping | None = None,
+        center: Any = None,
         nonfinite: str = "raise",
         integers: str = "mean",
         variant: str | None = None,
@@ -84,13 +96,15 @@ class Accumulator:
         self.dtype, self.nonfinite, self.variant = dtype, nonfinite, variant
         self._layout, layers = _updates.flatten(like, "like")
         self._floats, integer_layers = split_layers(self._layout)
-        self._like = [_arrays.view(_arrays.empty_like(layers[j])) for j in self._floats]
+        self._like = [facts(layers[j], self._layout.label("like", j)) for j in self._floats]
         self._device = one_device(self._like)
-        self._state = [_zeros(v, dtype) for v in self._like]
+        self._bound = self._norm_bound(before, center)
+        self._state = [zeros(v, dtype) for v in self._like]
         self._integers = {
             j: IntegerLayer(_arrays.empty_like(layers[j]), integers) for j in integer_layers
         }
-        self._total = Fraction(0)
+        self._total = Fraction(0)  # of the weights
+        self._taken = Fraction(0)  # of the weights, less what clipping took from them
         self._unit: float | None = 1.0 if dtype == "reproducible" else None
         self.count = self.excluded = 0
 
@@ -111,7 +125,8 @@ class Accumulator:
         ----------
         update : update, Packet or bytes
             An update like the one given at construction; or a packet for as many values as its
-            floating layers have, in order. Bytes are checked as `Packet.from_bytes` does.
+            floating layers have, in order. Bytes are checked as `Packet.from_bytes` does. With
+            `before` a packet is made dense, because its norm has to be known first.
         weight : float
             Finite, >= 0. An update of weight 0 is counted and not read.
 
@@ -131,24 +146,34 @@ class Accumulator:
             The packet is corrupt or of another size; nothing was added.
         """
         weight = _updates.parse_weights([weight], 1, signed=False if weight else True)[0]
-        packet = _as_packet(update)
+        packet = as_packet(update)
         layers = None if packet is not None else self._layout.layers(update, "update")
         if packet is not None:
             self._check_packet(packet)
+        factor = 1.0
         if weight != 0:
             scale = weight / (self._unit or weight)
-            if layers is not None:
-                views = [_arrays.view(layers[j]) for j in self._floats]
-                if not self._admit(views, scale):
+            if packet is None or self._bound is not None or self.dtype == "reproducible":
+                if layers is not None:
+                    views = [_arrays.view(layers[j]) for j in self._floats]
+                else:
+                    views = dense(packet, self._like, wide=self.dtype == "reproducible")
+                admitted = self._admit(views, scale)
+                if admitted is None:
                     self.excluded += 1
                     return self
-                self._sum(views, self._like, scale)
-                for j, integer in self._integers.items():
-                    integer.add(layers[j], weight)
+                factor = admitted
+                self._sum(views, scale * factor)
             else:
-                self._add_packet(packet, scale)
+                from flcore.ops.decode import decode_add_into
+
+                decode_add_into([packet], [scale], self._state)
+            if layers is not None:
+                for j, integer in self._integers.items():
+                    integer.add(layers[j], weight * factor)
             self._unit = self._unit or weight
         self._total += Fraction(weight)
+        self._taken += Fraction(weight * factor)
         self.count += 1
         return self
 
@@ -158,7 +183,7 @@ class Accumulator:
         Raises
         ------
         InvalidInputError
-            `other` has another layout or dtype.
+            `other` has another layout, dtype, clipping or centre.
         """
         if not isinstance(other, Accumulator):
             raise DTypeError(f"other: expected an Accumulator, got {type(other).__name__}")
@@ -168,6 +193,9 @@ class Accumulator:
         ):
             if mine != theirs:
                 raise InvalidInputError(f"other: expected {what} {mine}, got {theirs}")
+        one, two = self._bound, other._bound
+        if (one is None) != (two is None) or (one and two and not one.same(two)):
+            raise InvalidInputError("other: expected the same clipping, about the same centre")
         if other._unit is not None and other._total:
             if self.dtype == "reproducible":
                 self._check_terms(other.count)
@@ -175,16 +203,16 @@ class Accumulator:
                     mine += theirs
             else:
                 self._unit = self._unit or other._unit
-                rows = [_arrays.view(s) for s in other._state]
-                self._sum(rows, rows, other._unit / self._unit)
+                self._sum([_arrays.view(s) for s in other._state], other._unit / self._unit)
             for j, integer in self._integers.items():
                 integer.merge(other._integers[j])
         self._total += other._total
+        self._taken += other._taken
         self.count += other.count
         self.excluded += other.excluded
         return self
 
-    def result(self, divisor: float | None = None) -> Any:
+    def result(self, divisor: float | None = None, *, out: Any = None) -> Any:
         """Return the mean so far, or the weighted sum divided by `divisor`.
 
         The accumulator is unchanged and can take more updates.
@@ -194,31 +222,50 @@ class Accumulator:
         divisor : float, optional
             Positive. By default the sum of the weights, which gives the mean. Error control with
             partial participation divides by the total number of clients instead.
+        out : update, optional
+            Where the result goes: the last update, say, so that no memory is asked for.
 
         Returns
         -------
         update
-            Of the structure, dtype and device of `like`.
+            Of the structure, dtype and device of `like`; `out` itself if it was given.
 
         Raises
         ------
-        InvalidInputError
-            Nothing of positive weight was added and no divisor was given.
+        InvalidInputError, DTypeError
+            Nothing of positive weight was added and no divisor was given; or `out` is not like
+            `like`.
         """
+        missing = self._total - self._taken
         if divisor is None:
             if not self._total:
                 raise InvalidInputError("result: nothing of positive weight was added")
             divisor = self.total_weight
         elif not (np.isfinite(divisor) and divisor > 0):
             raise InvalidInputError(f"divisor: expected a positive finite number, got {divisor!r}")
-        out = [_arrays.view(_arrays.empty_like(v.array)) for v in self._like]
-        self._call([], [], layers=self._like, out=out, divisor=divisor / (self._unit or 1.0))
-        layers = {j: v.array for j, v in zip(self._floats, out, strict=True)}
-        for j, integer in self._integers.items():
-            if integer.value is None:  # only packets came: they carry no integer layers
-                integer.add(np.zeros(tuple(integer.like.shape), np.int64), 0.0)
-            layers[j] = integer.result(self.total_weight or 1.0)
-        return self._layout.build([layers[j] for j in range(len(layers))])
+        else:
+            missing = Fraction(float(divisor)) - self._taken
+        if out is None:
+            results = [
+                fresh(v, self._layout.specs[j][2])
+                for j, v in zip(self._floats, self._like, strict=True)
+            ]
+            self._finish(results, divisor, missing)
+            layers = self._integer_layers()
+            layers |= {j: v.array for j, v in zip(self._floats, results, strict=True)}
+            return self._layout.build([layers[j] for j in range(len(layers))])
+        targets = self._layout.layers(out, "out")
+        own = [targets[j] for j in self._floats]
+        results, direct = _targets(
+            self._like, own, own, self._layout.select(self._floats), "propagate"
+        )
+        self._finish(results, divisor, missing)
+        for target, result in zip(own, results, strict=True):
+            if not direct:
+                _arrays.assign(target, result.array)
+        for j, layer in self._integer_layers().items():
+            _arrays.assign(targets[j], layer)
+        return out
 
     def reset(self) -> Accumulator:
         """Forget everything that was added; the memory is kept."""
@@ -226,7 +273,7 @@ class Accumulator:
             state[...] = 0
         for integer in self._integers.values():
             integer.value = None
-        self._total = Fraction(0)
+        self._total = self._taken = Fraction(0)
         self._unit = 1.0 if self.dtype == "reproducible" else None
         self.count = self.excluded = 0
         return self
@@ -246,42 +293,80 @@ class Accumulator:
             check=self.nonfinite != "propagate" or self.dtype == "reproducible",
         )
 
-    def _sum(self, row: list[_arrays.View], layers: list[_arrays.View], scale: float) -> None:
+    def _finish(self, results: list[_arrays.View], divisor: float, missing: Fraction) -> None:
+        """Write the sums over `divisor`; the weight that is `missing` belongs to the centre."""
+        unit = self._unit or 1.0
+        center = self._bound.views() if self._bound and missing else []
+        self._call(
+            [center] if center else [],
+            [float(missing) / unit] if center else [],
+            layers=self._like,
+            out=results,
+            divisor=divisor / unit,
+        )
+
+    def _integer_layers(self) -> dict[int, Any]:
+        for integer in self._integers.values():
+            if integer.value is None:  # only packets came: they carry no integer layers
+                integer.add(np.zeros(tuple(integer.like.shape), np.int64), 0.0)
+        weight = float(self._taken) or 1.0
+        return {j: integer.result(weight) for j, integer in self._integers.items()}
+
+    def _sum(self, row: list[_arrays.View], scale: float) -> None:
         """Add ``scale * row`` to the state."""
-        flags = self._call([row], [scale], layers=layers, out=None, divisor=1.0)
+        flags = self._call([row], [scale], layers=row, out=None, divisor=1.0)
         if flags and self.nonfinite != "propagate":
             wider = "; use dtype='float64'" if self.dtype == "float32" else ""
             raise NonFiniteError(f"the accumulated sum overflows {self.dtype}{wider}")
 
-    def _admit(self, views: list[_arrays.View], scale: float) -> bool:
-        """Whether the update may be added; raises what the policy says, the state untouched."""
+    def _admit(self, views: list[_arrays.View], scale: float) -> float | None:
+        """Return the factor an update gets, or None if it is left out.
+
+        Raises what the policy says, the state untouched.
+        """
         self._check_terms(1)
-        if self.dtype == "reproducible":  # a trial sum finds values outside the grid, too
-            scratch = [_arrays.view(_arrays.empty_like(v.array)) for v in views]
-            flags = _variants.choose("combine", self._device, self.variant)(
-                [views],
-                [scale],
-                layers=self._like,
-                state=None,
-                out=scratch,
-                accumulate=self.dtype,
-                divisor=1.0,
-                check=True,
-            )
-            bad = bool(
-                explain(flags, [views], self._device, self.variant, self.nonfinite, self.dtype)
-            )
-        elif self.nonfinite == "propagate":
-            return True
+        factor: float | None = 1.0
+        if self._bound is not None:
+            factor = self._bound.factor(views)
+        if factor is not None and self.dtype == "reproducible":
+            good = self._fits(views, scale * factor)
+        elif self._bound is None and self.nonfinite != "propagate":
+            good = not any(_variants.choose("nonfinite", self._device, self.variant)([views]))
         else:
-            bad = any(_variants.choose("nonfinite", self._device, self.variant)([views]))
-        if bad and self.nonfinite == "raise":
+            good = factor is not None
+        if not good and self.nonfinite == "raise":
             raise NonFiniteError(
                 f"update {self.count} (counted from 0): NaN or infinity found; it was not added. "
                 "Pass nonfinite='exclude' to leave such updates out",
                 (self.count,),
             )
-        return not bad
+        return factor if good else None
+
+    def _fits(self, views: list[_arrays.View], scale: float) -> bool:
+        """Whether a reproducible sum can take an update: a trial tells; beyond the grid raises."""
+        scratch = [_arrays.view(_arrays.empty_like(v.array)) for v in views]
+        flags = _variants.choose("combine", self._device, self.variant)(
+            [views],
+            [scale],
+            layers=views,
+            state=None,
+            out=scratch,
+            accumulate=self.dtype,
+            divisor=1.0,
+            check=True,
+        )
+        return not explain(flags, [views], self._device, self.variant, self.nonfinite, self.dtype)
+
+    def _norm_bound(self, before: Any, center: Any) -> NormBound | None:
+        if before is None:
+            if center is not None:
+                raise InvalidInputError("center: expected before=Clipping(c) with it")
+            return None
+        if center is None:
+            return NormBound(before, None, self.variant)
+        layers = self._layout.layers(center, "center")
+        views = [_arrays.view(layers[j]) for j in self._floats]
+        return NormBound(before, [v.array for v in views], self.variant)
 
     def _check_terms(self, more: int) -> None:
         limit = _native.core.BIN_MAX_TERMS
@@ -298,35 +383,3 @@ class Accumulator:
                 f"got {packet.header.numel}"
             )
         self._check_terms(1)
-
-    def _add_packet(self, packet: Any, scale: float) -> None:
-        from flcore.ops.decode import decode_add_into, decode_into
-
-        if self.dtype == "reproducible":
-            dense = [np.empty(v.numel, np.float64) for v in self._like]
-            decode_into(packet, dense)
-            views = [_arrays.view(x) for x in dense]
-            self._sum(views, views, scale)
-        else:
-            decode_add_into([packet], [scale], self._state)
-
-
-def _zeros(layer: _arrays.View, dtype: str) -> Any:
-    """Accumulators of one layer: shape (numel,), or (3, numel) bins."""
-    shape = (3, layer.numel) if dtype == "reproducible" else (layer.numel,)
-    wide = dtype != "float32" or layer.dtype == "float64"
-    if isinstance(layer.array, np.ndarray):
-        return np.zeros(shape, np.float64 if wide else np.float32)
-    torch = sys.modules["torch"]
-    kind = torch.float64 if wide else torch.float32
-    return torch.zeros(shape, dtype=kind, device=layer.array.device)
-
-
-def _as_packet(update: Any) -> Any:
-    """Return the packet that `update` is or holds, or None when it is an update."""
-    if isinstance(update, bytes | bytearray | memoryview):
-        from flcore.compression import Packet
-
-        return Packet.from_bytes(update)
-    compression = sys.modules.get("flcore.compression")
-    return update if compression and isinstance(update, compression.Packet) else None

@@ -20,7 +20,7 @@ class NormBound:
     Parameters
     ----------
     before : Clipping
-    center : list of View, optional
+    center : list of arrays, optional
         Floating layers of v; zero when not given.
     variant : str, optional
         Which implementation of `flcore.ops.gram` runs.
@@ -33,25 +33,27 @@ class NormBound:
         The centre holds a NaN or an infinity, or its squares overflow.
     """
 
-    def __init__(
-        self, before: Any, center: list[_arrays.View] | None, variant: str | None
-    ) -> None:
+    def __init__(self, before: Any, center: list[Any] | None, variant: str | None) -> None:
         if not isinstance(before, Clipping):
             raise InvalidInputError(
                 "before: expected Clipping(c), which looks at one update at a time, got "
                 f"{before!r}; other pre-aggregators and rules need all updates at once"
             )
         self.limit, self.center, self.variant = before.c, center, variant
-        if center is not None and not self._square([center]) < LARGEST_SQUARE:
+        if center is not None and not self._square([self.views()]) < LARGEST_SQUARE:
             raise NonFiniteError("center: NaN or infinity found, or squares that overflow")
 
     def factor(self, views: list[_arrays.View]) -> float | None:
         """Return the factor of an update, in one read; None: it is not finite."""
-        square = self._square([views] if self.center is None else [views, self.center])
+        square = self._square([views, self.views()] if self.center else [views])
         if not square < LARGEST_SQUARE:
             return None
         norm = math.sqrt(square)
         return self.limit / norm if norm > self.limit else 1.0
+
+    def views(self) -> list[_arrays.View]:
+        """View the centre: none when that is the zero vector."""
+        return [_arrays.view(x) for x in self.center or []]
 
     def _square(self, rows: list[list[_arrays.View]]) -> float:
         """Squared norm of one row, or squared distance of two."""
@@ -64,4 +66,4 @@ class NormBound:
         if self.limit != other.limit or (self.center is None) != (other.center is None):
             return False
         pairs = zip(self.center or [], other.center or [], strict=True)
-        return all(a.array is b.array or bool((a.array == b.array).all()) for a, b in pairs)
+        return all(a is b or bool((a == b).all()) for a, b in pairs)

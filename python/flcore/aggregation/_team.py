@@ -55,7 +55,8 @@ class Team:
         if self.rank < 0:
             raise InvalidInputError("group: this process is not a member")
         # "cpu:gloo,cuda:nccl", or "cuda:nccl" for a group that cannot send CPU memory
-        self._device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else "cuda"
+        devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+        self._device = "cpu" if "cpu" in devices else devices[0]
 
     # ---- collectives ---------------------------------------------------------------------------
 

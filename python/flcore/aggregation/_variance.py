@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from flcore import _arrays, _updates
-from flcore.aggregation._accumulator import _zeros
 from flcore.aggregation._checks import number
 from flcore.aggregation._integers import split_layers
+from flcore.aggregation._stream import zeros
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops.combine import NONFINITE, _targets
 from flcore.ops.moments import Moments, accumulate_views, affine_views, moments_views
@@ -289,7 +289,7 @@ class VarianceCorrected:
                 "correction unless include_1d=True"
             )
         views = [_arrays.view(layers[j]) for j in averaged]
-        self._acc = [_arrays.view(_zeros(v, "float32")) for v in views]
+        self._acc = [_arrays.view(zeros(v, "float32")) for v in views]
         self._averaged, self._scaled = averaged, scaled
         self._variances = np.zeros(len(averaged))
         self._layout = layout

@@ -17,7 +17,10 @@ from flcore.bench.rules_peers import rule_peers
 from flcore.bench.timers import Contestant
 from flcore.bench.updates import to_numpy
 
-__all__ = ["CASES", "RULES", "RuleSpec", "build_rule"]
+__all__ = ["BY_COORDINATE", "CASES", "RULES", "RuleSpec", "build_rule"]
+
+# Rules whose last read sorts the values of each coordinate.
+BY_COORDINATE = ("median", "trimmed_mean", "meamed", "phocas", "bulyan", "nnm_trimmed_mean")
 
 
 @dataclass(frozen=True)
