@@ -154,7 +154,7 @@ def test_sizes_are_checked_before_a_launch():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_codes_agree_between_triton_and_cpp():
-    from flcore.pykernels import combine as kernels
+    from flcore.pykernels import sums as kernels
 
     from flcore import _arrays
     from flcore.ops.combine import ACCUMULATE

@@ -77,7 +77,7 @@ FLCORE_INLINE void philox_fill(const PhiloxStream& s, int64_t offset, int64_t co
       continue;
     }
     const PhiloxBlock b = philox_block(s, uint32_t(i >> 2));
-    for (int k = int(i & 3); k < 4 && j < count; ++k, ++j) out[j] = Form::of(b.w[k]);
+    for (int k = int(i & 3); k < 4 && j < count; ++k, ++j) store(out + j, Form::of(b.w[k]));
   }
 }
 

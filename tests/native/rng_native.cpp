@@ -1,6 +1,7 @@
 // Bits, uniforms and normals into exactly sized heap buffers at odd offsets, for the sanitizers;
 // stretches of a stream against its values one by one.
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 
 #include "api.h"

@@ -38,6 +38,11 @@ class Bulyan(Rule):
     nonfinite, accumulate
         See `Rule`.
 
+    Notes
+    -----
+    Depends on the order of the clients where `iterative`: in its last rounds the first phase counts one
+    neighbour, two rows that are nearest to each other tie, and the lower position in the call wins.
+
     References
     ----------
     El Mhamdi, Guerraoui, Rouault, "The Hidden Vulnerability of Distributed Learning in Byzantium",

@@ -20,12 +20,7 @@ from flcore.aggregation._geometry import Geometry, LayerProducts
 from flcore.aggregation._mean import Mean
 from flcore.aggregation._rule import Pipeline, Rule
 from flcore.aggregation._team import Team
-from flcore.errors import (
-    DTypeError,
-    InvalidInputError,
-    NonFiniteError,
-    VariantUnavailableError,
-)
+from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, VariantUnavailableError
 from flcore.ops.combine import one_device
 from flcore.ops.gram import Gram, _for_rows, _gram_cpu, exact_sums, finish, settle
 from flcore.reference.gram import KINDS
@@ -302,11 +297,7 @@ class ShardedCall(Call):
         self, compute: Callable[[], np.ndarray], places: list[int], segments: int
     ) -> np.ndarray:
         """Sum of float64 matrices over all processes, by rank."""
-
-        def matrices() -> np.ndarray | None:
-            return compute() if self.floats else None
-
-        everyone = self.team.together(lambda: (places, matrices()))
+        everyone = self.team.together(lambda: (places, compute() if self.floats else None))
         found = [(where, part) for where, part in everyone if part is not None]
         total = np.zeros((segments, *found[0][1].shape[1:]))
         with np.errstate(invalid="ignore"):

@@ -257,7 +257,7 @@ def exact_sums(
         [v.code for v in layers],
         KINDS.index(kind),
         wide,
-        [*(starts[members[0]] for members in segments if members), starts[-1]],
+        [*(starts[members[0]] if members else 0 for members in segments), starts[-1]],
         sums,
         _native.threads_for(starts[-1] * len(rows)),
     )
