@@ -25,13 +25,14 @@ static inline void exact_add(int64_t* sum, const ExactForm& form, double value) 
     return;
   }
   if (exponent) mantissa |= uint64_t(1) << 52;
+  if (mantissa == 0) return;
   int64_t place = (exponent ? exponent : 1) - 1075 - form.unit;  // of the last bit of the mantissa
   if (place < 0) {  // only zeros are cut: values are multiples of 2^unit
-    mantissa >>= -place;
+    mantissa = place > -64 ? mantissa >> -place : 0;
     place = 0;
   }
   const int64_t digit = place >> 5;
-  if (digit + 2 >= form.digits && mantissa) {
+  if (digit + 2 >= form.digits) {
     sum[form.digits] += 1;
     return;
   }

@@ -511,7 +511,7 @@ def test_a_client_without_weight_is_not_read(rng):
     ids=ident,
 )
 def test_rules_without_a_weighted_form_say_so(rule):
-    with pytest.raises(InvalidInputError, match="weights: .* has no weighted form"):
+    with pytest.raises(InvalidInputError, match=r"weights: .* has no weighted form"):
         rule(TABLE, [1] * 6)
 
 
@@ -744,7 +744,7 @@ def test_principal_gradients_work_layer_by_layer(rng):
     np.testing.assert_allclose(plain["b"], x[:, 26:].mean(axis=0), rtol=1e-12)
     assert plain["a"].tobytes() == got["a"].tobytes()
     assert np.abs(got["b"] - plain["b"]).max() > 1e-3
-    with pytest.raises(InvalidInputError, match="plain: no such layers.*'c'"):
+    with pytest.raises(InvalidInputError, match=r"plain: no such layers.*'c'"):
         PrincipalGradient(plain=["c"])(updates)
 
 
@@ -839,7 +839,7 @@ def test_mistakes_are_named(call, error, message):
 def test_a_pivot_that_was_left_out_is_an_error():
     x = TABLE.copy()
     x[3] = np.nan
-    with pytest.raises(InvalidInputError, match="pivot: .*finite, got 3"):
+    with pytest.raises(InvalidInputError, match=r"pivot: .*finite, got 3"):
         NearestNeighborAverage(1, pivot=3, nonfinite="exclude")(x)
 
 

@@ -40,8 +40,9 @@ class Bulyan(Rule):
 
     Notes
     -----
-    Depends on the order of the clients where `iterative`: in its last rounds the first phase counts one
-    neighbour, two rows that are nearest to each other tie, and the lower position in the call wins.
+    Depends on the order of the clients where `iterative`: in its last rounds the first phase counts
+    one neighbour, two rows that are nearest to each other tie, and the lower position in the call
+    wins.
 
     References
     ----------

@@ -40,8 +40,8 @@ class GeometricMedian(Rule):
         and of the place of the zero vector. "byzfl": 3 steps from the zero vector,
         :math:`\nu = 0.1`. "rfa": 4 steps from the mean, :math:`\nu = 10^{-5}`, tolerance 1e-6.
     smoothing : float or str, optional
-        :math:`\nu > 0`. "relative:1e-3" means that part of the median distance of the updates to the
-        one in their midst. A number far above the distances turns the rule into the mean.
+        :math:`\nu > 0`. "relative:1e-3" means that part of the median distance of the updates to
+        the one in their midst. A number far above the distances turns the rule into the mean.
     iterations : int, optional
         Steps at most, at least 1.
     tolerance : float, optional

@@ -34,6 +34,7 @@ FAMILIES = {
     "moments": "flcore.bench.moments",
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
+    "server": "flcore.bench.server_step",
 }
 
 

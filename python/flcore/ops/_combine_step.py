@@ -158,8 +158,9 @@ def step_layers(
 ) -> tuple[Stepped, set[int]]:
     """Step along parsed rows `[n][layers]`; lists of layers in, lists of layers out.
 
-    Also returns the clients that were not left out. `given`: the arrays of m, v, out, m_out, v_out and cast that the caller brings. `tensors`: the
-    layers' names in the noise streams, by default 0, 1, ... .
+    Also returns the clients that were not left out. `given`: the arrays of m, v, out, m_out, v_out
+    and cast that the caller brings. `tensors`: the layers' names in the noise streams, by default
+    0, 1, ... .
     """
     codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
     views = [layout.views(row, f"updates[{i}]", codes) for i, row in enumerate(rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from flcore.errors import InvalidInputError
@@ -38,7 +39,7 @@ class Step:
             raise InvalidInputError(f"kind: expected one of {KINDS}, got {self.kind!r}")
         for name in ("lr", "beta1", "beta2", "tau"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value)):
+            if not (isinstance(value, Real) and math.isfinite(value)):
                 raise InvalidInputError(f"{name}: expected a finite number, got {value!r}")
 
     @property
@@ -51,8 +52,8 @@ class Step:
 class Noise:
     """Normal noise of standard deviation `std` that is added to D, drawn by coordinate.
 
-    Standard normals are those of `flcore.ops.random_normal`. The stream of layer l is named by (seed, round, tensor=l, client=SERVER_STREAM); coordinate j
-    takes its element j.
+    Standard normals are those of `flcore.ops.random_normal`. The stream of layer l is named by
+    (seed, round, tensor=l, client=SERVER_STREAM); coordinate j takes its element j.
     """
 
     std: float
@@ -61,12 +62,14 @@ class Noise:
 
     def __post_init__(self) -> None:
         std = self.std
-        if not (isinstance(std, int | float) and math.isfinite(std) and std >= 0):
+        if not (isinstance(std, Real) and math.isfinite(std) and std >= 0):
             raise InvalidInputError(f"std: expected a finite number >= 0, got {std!r}")
         for name, bits in (("seed", 64), ("round", 32)):
             value = getattr(self, name)
-            if not (isinstance(value, int) and 0 <= value < 1 << bits):
-                raise InvalidInputError(f"{name}: expected an integer below 2^{bits}, got {value!r}")
+            if not (isinstance(value, Integral) and 0 <= int(value) < 1 << bits):
+                raise InvalidInputError(
+                    f"{name}: expected an integer >= 0 below 2^{bits}, got {value!r}"
+                )
 
 
 class Stepped(NamedTuple):
