@@ -19,3 +19,8 @@ TABLE = np.array(
 )
 GOOD = [1.0, 2.0, -1.04, 0.5]  # mean of the first five
 MIDDLE = [1.05, 1.95, -1.0, 0.45]
+
+# Four corners of a square and two points inside, one row far off.
+SEVEN = np.array(
+    [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, 0.5], [0.4, 0.6], [9.0, -9.0]]
+)

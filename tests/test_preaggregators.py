@@ -29,18 +29,7 @@ from flcore.aggregation import (
     TrimmedMean,
 )
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-
-ROWS3 = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
-TABLE = np.array(
-    [
-        [1, 2, -1, 0.5],
-        [1.2, 1.8, -0.9, 0.4],
-        [0.9, 2.1, -1.1, 0.6],
-        [1.1, 1.9, -1, 0.3],
-        [0.8, 2.2, -1.2, 0.7],
-        [10, -9, 8, -7],
-    ]
-)
+from tables import STEPS, TABLE
 
 
 def rows_of(before, x: np.ndarray, n: int | None = None) -> np.ndarray:
@@ -54,7 +43,7 @@ def rows_of(before, x: np.ndarray, n: int | None = None) -> np.ndarray:
 
 def test_nearest_neighbour_mixing_by_hand():
     np.testing.assert_allclose(
-        rows_of(NNM(1), ROWS3), [[2.5, 3.5, 4.5], [2.5, 3.5, 4.5], [5.5, 6.5, 7.5]], rtol=1e-15
+        rows_of(NNM(1), STEPS), [[2.5, 3.5, 4.5], [2.5, 3.5, 4.5], [5.5, 6.5, 7.5]], rtol=1e-15
     )
     want = np.tile([1, 2, -1.04, 0.5], (6, 1))
     want[5] = [2.84, -0.24, 0.8, -1.04]
@@ -68,7 +57,7 @@ def test_clipping_by_hand():
         [0.91168461, 1.13960576, 1.36752692],
         [1.00514142, 1.14873305, 1.29232469],
     ]
-    np.testing.assert_allclose(rows_of(Clipping(2.0), ROWS3), want, atol=5e-9)
+    np.testing.assert_allclose(rows_of(Clipping(2.0), STEPS), want, atol=5e-9)
     got = rows_of(Clipping(2.0), TABLE)
     np.testing.assert_allclose(got[0], [0.8, 1.6, -0.8, 0.4], rtol=1e-12)
     np.testing.assert_allclose(
@@ -77,9 +66,9 @@ def test_clipping_by_hand():
 
 
 def test_adaptive_clipping_by_hand():
-    got = rows_of(ARC(1), ROWS3)
+    got = rows_of(ARC(1), STEPS)
     np.testing.assert_allclose(got[2], [4.41004009, 5.04004582, 5.67005155], atol=5e-9)
-    assert (got[:2] == ROWS3[:2]).all()
+    assert (got[:2] == STEPS[:2]).all()
     got = rows_of(ARC(1), TABLE)
     np.testing.assert_allclose(
         got[5], [1.5875793408, -1.4288214067, 1.2700634726, -1.1113055385], atol=5e-11
@@ -99,7 +88,7 @@ def test_adaptive_clipping_by_hand():
 
 def test_a_chain_of_three_by_hand():
     rule = Clipping(2.0) >> NNM(1) >> TrimmedMean(1)
-    np.testing.assert_allclose(rule(ROWS3), [0.95841302, 1.14416941, 1.3299258], atol=5e-9)
+    np.testing.assert_allclose(rule(STEPS), [0.95841302, 1.14416941, 1.3299258], atol=5e-9)
 
 
 # ---- folded equals written out -----------------------------------------------------------------
@@ -170,9 +159,10 @@ def test_a_folded_chain_equals_the_chain_written_out(chain, rule, rng):
     before, written = CHAINS[chain]
     x = rng.standard_normal((11, 50)) * rng.uniform(0.7, 1.3, (11, 1)) + 0.2
     want = rule(written(x))
-    # a converged median is as sharp as the flat least of a sum of distances can be seen
+    # where most mixed rows are equal, they are the median, at a distance of zero: its square is
+    # rounding, 1e-16, and so the distance 1e-8
     loose = isinstance(rule, GeometricMedian) and rule.convention == "converged"
-    np.testing.assert_allclose((before >> rule)(x), want, atol=1e-6 if loose else 1e-11)
+    np.testing.assert_allclose((before >> rule)(x), want, atol=1e-7 if loose else 1e-11)
 
 
 @pytest.mark.parametrize("rule", [Krum(2), GeometricMedian("byzfl")], ids=["Krum", "GM"])

@@ -1,4 +1,4 @@
-"""Rules end to end: worked numbers, structures and dtypes, invariances, policies, attacks."""
+"""Rules end to end: worked numbers, structures and dtypes, diagnoses, mistakes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from flcore.aggregation import (
     CAF,
     MDA,
-    NNM,
     SMEA,
     Bulyan,
     CenteredClipping,
@@ -25,55 +24,9 @@ from flcore.aggregation import (
     TrimmedMean,
 )
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
+from rule_list import RULES, ident
 from support import EPS, HAS_TORCH, np_dtype
-
-ROWS3 = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
-TABLE = np.array(
-    [
-        [1, 2, -1, 0.5],
-        [1.2, 1.8, -0.9, 0.4],
-        [0.9, 2.1, -1.1, 0.6],
-        [1.1, 1.9, -1, 0.3],
-        [0.8, 2.2, -1.2, 0.7],
-        [10, -9, 8, -7],
-    ]
-)
-SEVEN = np.array([[0, 0], [1, 0], [0, 1], [1, 1], [0.5, 0.5], [0.4, 0.6], [9, -9]])
-FIVE = [1, 2, -1.04, 0.5]  # mean of the first five rows of TABLE
-FOUR = [1.05, 1.95, -1, 0.45]  # and of the first four
-
-
-def ident(rule) -> str:
-    return type(rule).__name__ + getattr(rule, "convention", "")
-
-
-# Every rule, tolerating one bad client of at least seven.
-RULES = [
-    Krum(1),
-    Krum(1, "byzfl"),
-    Krum(1, "garfield"),
-    MultiKrum(1),
-    MultiKrum(1, convention="monna"),
-    Bulyan(1),
-    Bulyan(1, iterative=False),
-    GeometricMedian(),
-    GeometricMedian("byzfl"),
-    GeometricMedian("rfa"),
-    CenteredClipping(2.0),
-    CenteredClipping(2.0, 3),
-    MDA(1),
-    SMEA(1),
-    CAF(1),
-    NearestNeighborAverage(1),
-    FlagAggregator(2, 3),
-    PrincipalGradient(),
-    Median(),
-    TrimmedMean(1),
-    MeaMed(1),
-    Phocas(1),
-]
-GRAM = [r for r in RULES if not isinstance(r, Median | TrimmedMean | MeaMed | Phocas)]
-
+from tables import GOOD, MIDDLE, SEVEN, STEPS, TABLE
 
 # ---- worked numbers ----------------------------------------------------------------------------
 
@@ -83,14 +36,14 @@ GRAM = [r for r in RULES if not isinstance(r, Median | TrimmedMean | MeaMed | Ph
     [
         (Krum(1), TABLE, TABLE[0]),
         (Krum(1, "byzfl"), TABLE, TABLE[0]),
-        (Krum(1, "byzfl"), ROWS3, ROWS3[0]),  # a tie
-        (MultiKrum(1, convention="byzfl"), ROWS3, [2.5, 3.5, 4.5]),
-        (MultiKrum(1, convention="byzfl"), TABLE, FIVE),
-        (MultiKrum(2, convention="byzfl"), TABLE, FOUR),
-        (MultiKrum(1, 5), TABLE, FIVE),
+        (Krum(1, "byzfl"), STEPS, STEPS[0]),  # a tie
+        (MultiKrum(1, convention="byzfl"), STEPS, [2.5, 3.5, 4.5]),
+        (MultiKrum(1, convention="byzfl"), TABLE, GOOD),
+        (MultiKrum(2, convention="byzfl"), TABLE, MIDDLE),
+        (MultiKrum(1, 5), TABLE, GOOD),
         (Bulyan(1), SEVEN, [0.3, 0.3666666667]),
         (Bulyan(1, iterative=False), SEVEN, [0.3, 0.7]),
-        (GeometricMedian("byzfl"), ROWS3, [3.7878876412, 4.7878876412, 5.7878876412]),
+        (GeometricMedian("byzfl"), STEPS, [3.7878876412, 4.7878876412, 5.7878876412]),
         (
             GeometricMedian("byzfl"),
             TABLE,
@@ -101,29 +54,29 @@ GRAM = [r for r in RULES if not isinstance(r, Median | TrimmedMean | MeaMed | Ph
             TABLE,
             [1.0042280732, 1.9949802901, -1.0011979287, 0.4956532577],
         ),
-        (CenteredClipping(), ROWS3, [4, 5, 6]),
+        (CenteredClipping(), STEPS, [4, 5, 6]),
         (
             CenteredClipping(1.0, 3),
             TABLE,
             [1.0487776054, 1.6905379168, -0.8340756831, 0.3529082630],
         ),
-        (MDA(1), ROWS3, [2.5, 3.5, 4.5]),
-        (MDA(1), TABLE, FIVE),
-        (NearestNeighborAverage(1, pivot=1), ROWS3, [2.5, 3.5, 4.5]),
-        (NearestNeighborAverage(1), TABLE, FIVE),
-        (NearestNeighborAverage(2, pivot=3), TABLE, FOUR),
+        (MDA(1), STEPS, [2.5, 3.5, 4.5]),
+        (MDA(1), TABLE, GOOD),
+        (NearestNeighborAverage(1, pivot=1), STEPS, [2.5, 3.5, 4.5]),
+        (NearestNeighborAverage(1), TABLE, GOOD),
+        (NearestNeighborAverage(2, pivot=3), TABLE, MIDDLE),
         (NearestNeighborAverage(1, keep=3), [[1.0], [1.2], [0.6], [50]], [0.9333333333]),
         (NearestNeighborAverage(1), [[1.0], [1.2], [0.6], [0.9], [50]], [0.925]),
-        (SMEA(1), ROWS3, [2.5, 3.5, 4.5]),
-        (SMEA(1), TABLE, FIVE),
-        (SMEA(2), TABLE, FOUR),
-        (CAF(1), ROWS3, [4, 5, 6]),
+        (SMEA(1), STEPS, [2.5, 3.5, 4.5]),
+        (SMEA(1), TABLE, GOOD),
+        (SMEA(2), TABLE, MIDDLE),
+        (CAF(1), STEPS, [4, 5, 6]),
         (CAF(1, "byzfl"), TABLE, [1.00505698, 1.99494302, -1.03406542, 0.49214880]),
-        (Median(), TABLE, FOUR),
-        (TrimmedMean(1), TABLE, FOUR),
-        (TrimmedMean(2), TABLE, FOUR),
-        (MeaMed(1), TABLE, FIVE),
-        (MeaMed(2), TABLE, FOUR),
+        (Median(), TABLE, MIDDLE),
+        (TrimmedMean(1), TABLE, MIDDLE),
+        (TrimmedMean(2), TABLE, MIDDLE),
+        (MeaMed(1), TABLE, GOOD),
+        (MeaMed(2), TABLE, MIDDLE),
         (FlagAggregator(1), [[3.0, 4, 0]] * 5, [3, 4, 0]),
         (FlagAggregator(2, rescale="mean-norm"), [[3.0, 4, 0]] * 5, [3, 4, 0]),
         (
@@ -138,6 +91,14 @@ def test_worked_numbers(rule, rows, want):
     rows = np.asarray(rows, dtype=np.float64)
     np.testing.assert_allclose(rule(rows), want, rtol=1e-8, atol=1e-9)
     np.testing.assert_allclose(rule(rows.astype(np.float32)), want, rtol=2e-5)
+
+
+def test_ties_go_to_the_first_client_of_the_call():
+    for rows in (STEPS, STEPS[::-1]):  # both ends and the middle are one distance apart
+        np.testing.assert_array_equal(Krum(1, "byzfl")(rows), rows[0])
+        np.testing.assert_array_equal(MDA(1)(rows), rows[:2].mean(axis=0))
+        np.testing.assert_array_equal(SMEA(1)(rows), rows[:2].mean(axis=0))
+        assert NearestNeighborAverage(1, pivot=1).diagnose(rows).selected == (0, 1)
 
 
 def test_scores_by_hand():
@@ -261,6 +222,15 @@ def test_storage_types_and_out(dtype, rule, rng):
     assert rule(x, out=out) is out and out.tobytes() == got.tobytes()
 
 
+@pytest.mark.parametrize("rule", RULES, ids=ident)
+def test_the_reference_variant_agrees(rule, rng):
+    x = (rng.standard_normal((7, 300)) + 1).astype(np.float32)
+    np.testing.assert_allclose(rule(x, variant="reference"), rule(x), rtol=1e-5, atol=1e-5)
+    want, got = rule.diagnose(x, variant="reference"), rule.diagnose(x)
+    assert got.selected == want.selected
+    np.testing.assert_allclose(got.norms, want.norms, rtol=1e-6)
+
+
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
 @pytest.mark.parametrize("rule", RULES, ids=ident)
 def test_torch_tensors(rule, rng):
@@ -299,433 +269,6 @@ def test_krum_returns_one_of_the_updates_bit_for_bit(rng):
     got = Krum(2)(x)
     winner = Krum(2).diagnose(x).selected[0]
     assert (got == x[winner]).all() and (got != 0).any()
-
-
-# ---- order of the clients ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        r
-        for r in RULES
-        if not isinstance(r, NearestNeighborAverage | MDA)
-        and not (isinstance(r, Bulyan) and r.iterative)
-    ]
-    + [NNM(2) >> TrimmedMean(2), NNM(1) >> GeometricMedian()],
-    ids=ident,
-)
-def test_any_order_of_the_clients_gives_the_same_bits(rule, dtype, rng):
-    x = rng.standard_normal((9, 501)).astype(dtype)
-    x[5] = x[2]  # one twice
-    first = rule(x).tobytes()
-    for _ in range(6):
-        assert rule(x[rng.permutation(9)]).tobytes() == first
-
-
-@pytest.mark.parametrize(
-    "rule", [GeometricMedian(), GeometricMedian("rfa"), CenteredClipping(9.0, 2), MultiKrum(1)]
-)
-def test_weighted_clients_may_come_in_any_order_too(rule, rng):
-    x = rng.standard_normal((8, 300)).astype(np.float32)
-    x[6] = x[1]  # the same update with another weight
-    q = rng.integers(1, 100, 8).astype(float)
-    first = rule(x, q).tobytes()
-    for _ in range(6):
-        p = rng.permutation(8)
-        assert rule(x[p], q[p]).tobytes() == first
-
-
-def test_diameter_ties_follow_the_order_of_the_call(rng):
-    x = rng.standard_normal((9, 30))
-    choices = {MDA(3).diagnose(x[np.roll(np.arange(9), k)]).selected for k in range(9)}
-    assert len(choices) > 1
-    pairs = ((x[:, None] - x) ** 2).sum(axis=2)
-    spans = set()
-    for k in range(9):
-        rows = np.roll(np.arange(9), k)
-        kept = rows[list(MDA(3).diagnose(x[rows]).selected)]
-        spans.add(float(pairs[np.ix_(kept, kept)].max()))
-    assert len(spans) == 1
-
-
-@pytest.mark.parametrize("rule", [NearestNeighborAverage(2, pivot=3), Krum(1), MDA(2)], ids=ident)
-def test_selection_moves_with_the_clients(rule, rng):
-    x = rng.standard_normal((9, 20))
-    x[[1, 7]] += 30
-    p = rng.permutation(9)
-    if isinstance(rule, NearestNeighborAverage):
-        moved = NearestNeighborAverage(2, pivot=int(np.flatnonzero(p == 3)[0]))
-    else:
-        moved = rule
-    assert {p[i] for i in moved.diagnose(x[p]).selected} == set(rule.diagnose(x).selected)
-
-
-# ---- equivariance ------------------------------------------------------------------------------
-
-FIXED_AT_ZERO = (CenteredClipping, FlagAggregator, PrincipalGradient)
-
-
-@pytest.mark.parametrize("rule", RULES, ids=ident)
-def test_a_common_offset_moves_the_result_with_it(rule, rng):
-    if isinstance(rule, FIXED_AT_ZERO) or rule == GeometricMedian("byzfl"):
-        pytest.skip("works about the zero vector")
-    x = rng.standard_normal((9, 60))
-    shift = 5 * rng.standard_normal(60)
-    np.testing.assert_allclose(rule(x + shift), rule(x) + shift, rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("rule", GRAM, ids=ident)
-def test_a_rotation_rotates_the_result(rule, rng):
-    if isinstance(rule, Bulyan):
-        pytest.skip("works by coordinate")
-    x = rng.standard_normal((9, 40)) + 0.3
-    q = np.linalg.qr(rng.standard_normal((40, 40)))[0]
-    np.testing.assert_allclose(rule(x @ q), rule(x) @ q, atol=1e-7)
-
-
-@pytest.mark.parametrize("rule", RULES, ids=ident)
-def test_a_scale_scales_the_result(rule, rng):
-    x = rng.standard_normal((9, 40)) + 0.3
-    if isinstance(rule, FlagAggregator):  # has no scale at all
-        lengths = rng.uniform(0.1, 10, (9, 1))
-        np.testing.assert_allclose(rule(lengths * x), rule(x), atol=1e-9)
-    elif isinstance(rule, CenteredClipping):
-        scaled = CenteredClipping(8 * rule.radius, rule.iterations)
-        np.testing.assert_allclose(scaled(8 * x), 8 * rule(x), rtol=1e-9, atol=1e-12)
-    elif rule in (GeometricMedian("byzfl"), GeometricMedian("rfa")):
-        scaled = GeometricMedian(rule.convention, smoothing=8 * rule._option("smoothing"))
-        np.testing.assert_allclose(scaled(8 * x), 8 * rule(x), rtol=1e-9, atol=1e-12)
-    else:
-        np.testing.assert_allclose(rule(8 * x), 8 * rule(x), rtol=1e-9, atol=1e-12)
-
-
-# ---- non-finite updates ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("rule", GRAM, ids=ident)
-def test_a_broken_client_under_the_three_policies(rule, poison, rng):
-    x = rng.standard_normal((8, 30)).astype(np.float32)
-    x[5, 17] = poison
-    with pytest.raises(NonFiniteError, match=r"updates\[5\]") as caught:
-        rule(x)
-    assert caught.value.clients == (5,)
-    rest = np.delete(x, 5, axis=0)
-    fields = {k: v for k, v in vars(rule).items() if k != "nonfinite"}
-    fewer = {**fields, "f": 0} if "f" in fields else fields
-    want = type(rule)(**fewer)(rest)
-    for policy in ("exclude", "propagate"):  # the broken one counts as one of the f bad ones
-        lenient = type(rule)(**fields, nonfinite=policy)
-        np.testing.assert_allclose(lenient(x), want, rtol=1e-6, atol=1e-7)
-    assert rule.diagnose(x).nonfinite == (5,)
-
-
-def test_more_broken_clients_than_expected_leave_f_at_zero(rng):
-    x = rng.standard_normal((9, 10))
-    x[[0, 3, 4]] = np.nan
-    good = np.delete(x, [0, 3, 4], axis=0)
-    np.testing.assert_allclose(MDA(1, nonfinite="exclude")(x), good.mean(axis=0), rtol=1e-12)
-    assert Krum(1, nonfinite="exclude").diagnose(x).nonfinite == (0, 3, 4)
-    x[:] = np.nan
-    for rule in (Krum(1, nonfinite="exclude"), GeometricMedian(nonfinite="propagate")):
-        with pytest.raises(NonFiniteError, match="no client is left"):
-            rule(x)
-    seen = Krum(1).diagnose(x)
-    assert seen.selected == () and seen.rejected == tuple(range(9)) == seen.nonfinite
-    assert np.isinf(seen.norms).all()
-
-
-def test_squares_beyond_float64_leave_a_client_out(rng):
-    x = rng.standard_normal((7, 10))
-    x[2] = 1e200
-    with pytest.raises(NonFiniteError, match=r"updates\[2\].*overflow"):
-        Krum(1)(x)
-    got = MultiKrum(1, nonfinite="exclude").diagnose(x)
-    assert 2 in got.rejected and got.nonfinite == (2,)
-
-
-@pytest.mark.parametrize("rule", GRAM, ids=ident)
-def test_values_near_the_end_of_float32_are_finite(rule, rng):
-    x = rng.standard_normal((8, 30)).astype(np.float32)
-    x[3] = 3e38
-    x[3, ::2] = -3e38
-    got = rule(x)
-    assert np.isfinite(got).all()
-    four_steps = getattr(rule, "convention", None) == "rfa"  # from a mean at 4e37: not arrived
-    if not isinstance(rule, PrincipalGradient) and not four_steps:  # the former is not robust
-        assert np.abs(got).max() < 20
-
-
-# ---- weights -----------------------------------------------------------------------------------
-
-
-def test_weights_average_the_selected_and_never_select(rng):
-    x = rng.standard_normal((8, 20))
-    q = np.array([1, 5, 2, 0, 3, 4, 1, 2.0])
-    present = np.flatnonzero(q)
-    seen = MultiKrum(1, 4).diagnose(x[present])
-    rows = present[list(seen.selected)]
-    np.testing.assert_allclose(MultiKrum(1, 4)(x, q), q[rows] @ x[rows] / q[rows].sum())
-    np.testing.assert_array_equal(Krum(1)(x, q), Krum(1)(x[present]))
-
-
-def test_weights_of_centres_are_example_counts(rng):
-    x = rng.standard_normal((5, 20))
-    q = np.array([1, 2, 3, 1, 2])
-    repeated = np.repeat(x, q, axis=0)
-    for rule in (
-        GeometricMedian("byzfl"),
-        GeometricMedian("rfa"),
-        GeometricMedian(smoothing=1e-3),
-        CenteredClipping(3.0),
-        CenteredClipping(3.0, 4),
-    ):
-        # steps end when the sum of distances, flat about its least, gains 1e-12 of itself
-        loose = isinstance(rule, GeometricMedian) and rule.convention == "converged"
-        np.testing.assert_allclose(rule(x, q), rule(repeated), atol=2e-5 if loose else 1e-9)
-
-
-def test_a_client_without_weight_is_not_read(rng):
-    x = rng.standard_normal((5, 8))
-    x[3] = np.nan
-    for rule in (GeometricMedian(), CenteredClipping(), MultiKrum(0, convention="flower")):
-        q = np.array([1.0, 1, 1, 0, 1])
-        np.testing.assert_allclose(rule(x, q), rule(np.delete(x, 3, axis=0)), rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        Bulyan(1),
-        MDA(1),
-        SMEA(1),
-        CAF(1),
-        NearestNeighborAverage(1),
-        FlagAggregator(),
-        PrincipalGradient(),
-        Median(),
-        TrimmedMean(1),
-    ],
-    ids=ident,
-)
-def test_rules_without_a_weighted_form_say_so(rule):
-    with pytest.raises(InvalidInputError, match=r"weights: .* has no weighted form"):
-        rule(TABLE, [1] * 6)
-
-
-# ---- small and degenerate sets -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", RULES, ids=ident)
-@pytest.mark.parametrize("value", [0.0, 3.0])
-def test_equal_updates_come_out_as_they_are(rule, value):
-    x = np.full((9, 5), value)
-    want = x[0]
-    if isinstance(rule, FlagAggregator):
-        want = 9 / 2 * x[0] / (np.linalg.norm(x[0]) or 1)
-    if isinstance(rule, CenteredClipping) and value:
-        want = x[0] * min(1, rule.iterations * 2 / np.linalg.norm(x[0]))
-    np.testing.assert_allclose(rule(x), want, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        GeometricMedian(),
-        GeometricMedian("byzfl"),
-        GeometricMedian("rfa"),
-        CenteredClipping(),
-        CenteredClipping(9.0, 3),
-        MultiKrum(0, convention="flower"),
-        MDA(0),
-        SMEA(0),
-        CAF(0),
-        NearestNeighborAverage(0),
-        FlagAggregator(rescale="mean-norm"),
-        PrincipalGradient(),
-        Median(),
-        TrimmedMean(0),
-    ],
-    ids=ident,
-)
-def test_a_single_client_comes_out(rule):
-    np.testing.assert_allclose(rule([np.array([1.0, -2.0])]), [1, -2], rtol=1e-12)
-
-
-def test_two_clients(rng):
-    x = rng.standard_normal((2, 6))
-    for rule in (MDA(0), CAF(0), GeometricMedian(), GeometricMedian("rfa"), Median()):
-        np.testing.assert_allclose(rule(x), x.mean(axis=0), rtol=1e-9)
-    np.testing.assert_array_equal(Krum(0, "byzfl")(x), x[0])  # a tie
-
-
-@pytest.mark.parametrize("n", [2, 6])
-@pytest.mark.parametrize(
-    "rule",
-    [Krum, MultiKrum, MDA, SMEA, CAF, NearestNeighborAverage, TrimmedMean, MeaMed, Phocas],
-)
-def test_half_of_the_clients_bad_is_an_error(rule, n):
-    with pytest.raises(InvalidInputError, match=f"2 f < n, got f = {n // 2} and n = {n}"):
-        rule(n // 2)(np.eye(n))
-
-
-@pytest.mark.parametrize("rule", GRAM, ids=ident)
-def test_hundred_clients_of_which_45_are_bad(rule):
-    rng = np.random.default_rng(11)
-    x = rng.standard_normal((100, 40)).astype(np.float32)
-    x[rng.permutation(100)[:45]] += 50
-    fields = {k: v for k, v in vars(rule).items() if k != "f"}
-    if "f" not in vars(rule):
-        got = rule(x)
-    elif isinstance(rule, Bulyan):
-        with pytest.raises(InvalidInputError, match=r"4 f \+ 3"):
-            Bulyan(45)(x)
-        got = Bulyan(24)(x)
-        assert np.isfinite(got).all()
-        return
-    elif isinstance(rule, SMEA):
-        with pytest.raises(InvalidInputError, match="subsets"):
-            SMEA(45)(x)
-        return
-    elif isinstance(rule, NearestNeighborAverage):
-        pivot = int(np.flatnonzero(x.mean(axis=1) < 25)[0])
-        got = NearestNeighborAverage(45, pivot)(x)
-    else:
-        got = type(rule)(f=45, **fields)(x)
-    assert np.isfinite(got).all()
-    if isinstance(rule, Krum | MultiKrum | MDA | CAF | NearestNeighborAverage):
-        assert np.abs(got).max() < 5
-    if rule == GeometricMedian():
-        assert np.abs(got).max() < 12  # pulled, not carried off
-
-
-# ---- attacks -----------------------------------------------------------------------------------
-
-
-def test_krum_never_chooses_the_outlier_of_a_crowd_far_from_zero():
-    """Rows at 10 with a spread of 0.01, one client three times as far out: 1,000 draws."""
-    rng = np.random.default_rng(0)
-    for trial in range(1000):
-        x = 1e-2 * rng.standard_normal((8, 24))
-        attacker = trial % 8
-        x[attacker] *= 3
-        x = (x + 10).astype(np.float32)
-        assert Krum(1).diagnose(x).selected != (attacker,)
-
-
-@pytest.mark.parametrize("value", [1e6, 1e38, -3e38])
-def test_bad_clients_are_not_in_the_selection(value, rng):
-    x = rng.standard_normal((12, 30)).astype(np.float32)
-    bad = [1, 4, 9]
-    x[bad] = np.float32(value) * (1 + rng.random((3, 30), dtype=np.float32) / 8)
-    x = np.clip(x, -3.4e38, 3.4e38)
-    for rule in (Krum(3), MultiKrum(3), MultiKrum(3, convention="byzfl"), MDA(3), SMEA(3), CAF(3)):
-        seen = rule.diagnose(x)
-        assert not set(bad) & set(seen.selected)
-        assert (seen.coefficients[bad] == 0).all()
-    assert not set(bad) & set(NearestNeighborAverage(3).diagnose(x).selected)
-    x = np.vstack([x, rng.standard_normal((3, 30)).astype(np.float32)])
-    assert not set(bad) & set(Bulyan(3).diagnose(x).selected)
-
-
-@pytest.mark.parametrize("far", [1e3, 1e6, 1e9, 1e20, 1e36])
-@pytest.mark.parametrize(
-    "rule", [GeometricMedian(), GeometricMedian("byzfl"), GeometricMedian("rfa")], ids=ident
-)
-def test_far_clients_move_the_geometric_median_by_a_bounded_amount(rule, far, rng):
-    clean = rng.standard_normal((11, 200)).astype(np.float32)
-    x = clean.copy()
-    x[:4] = far * x[:4]
-    distance = np.linalg.norm(rule(x).astype(np.float64) - clean[4:].mean(axis=0))
-    if rule.convention == "rfa" and far > 1e3:
-        assert distance < 40 * far  # four steps from a mean at 0.3 far: has not arrived
-    else:
-        assert distance < 30
-
-
-def weiszfeld(x, nu, steps):
-    z = np.zeros(x.shape[1])
-    for _ in range(steps):
-        b = 1 / np.maximum(nu, np.linalg.norm(x - z, axis=1))
-        z = (b / b.sum()) @ x
-    return z
-
-
-@pytest.mark.parametrize("far", [1.0, 1e4, 1e8, 1e16, 1e34])
-def test_iterates_are_exact_whatever_a_client_sends(far, rng):
-    x = rng.standard_normal((9, 400))
-    x[[2, 7]] *= far
-    x = x.astype(np.float32)
-    wide = x.astype(np.float64)
-    got = GeometricMedian("byzfl", iterations=6, accumulate="float64")(x)
-    np.testing.assert_allclose(got, weiszfeld(wide, 0.1, 6), rtol=1e-4, atol=2e-5)
-    v = np.zeros(400)
-    for _ in range(3):
-        r = np.minimum(1, 15 / np.linalg.norm(wide - v, axis=1))
-        v = v + (r[:, None] * (wide - v)).mean(axis=0)
-    np.testing.assert_allclose(CenteredClipping(15.0, 3)(x), v, rtol=1e-4, atol=2e-5)
-
-
-def test_one_client_moves_a_clipped_centre_by_two_radii_over_n(rng):
-    x = rng.standard_normal((10, 30))
-    for value in (0.0, 1e3, 1e100, -1e100):
-        changed = x.copy()
-        changed[4] = value
-        rule = CenteredClipping(0.5)
-        assert np.linalg.norm(rule(changed) - rule(x)) <= 2 * 0.5 / 10 * (1 + 1e-9)
-
-
-# ---- centred clipping --------------------------------------------------------------------------
-
-
-def clip_about(x, v, radius, steps):
-    for _ in range(steps):
-        r = np.minimum(1, radius / np.linalg.norm(x - v, axis=1))
-        v = v + (r[:, None] * (x - v)).mean(axis=0)
-    return v
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_clipping_about_the_previous_aggregate(steps, offset, rng):
-    rule, v, layered = CenteredClipping(2.0, steps), None, None
-    want = np.zeros(40)
-    for _ in range(4):
-        x = offset + rng.standard_normal((6, 40))
-        updates = [[r[:30].reshape(5, 6), np.array([7]), r[30:]] for r in x]
-        want = clip_about(x, want, 2.0, steps)
-        v = rule(x, center=v)
-        layered = rule(updates, center=layered)
-        np.testing.assert_allclose(v, want, rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(layered[2], want[30:], rtol=1e-9, atol=1e-11)
-        assert layered[1][0] == 7
-    seen = rule.diagnose(x, center=v)
-    np.testing.assert_allclose(seen.norms, np.linalg.norm(x - v, axis=1), rtol=1e-9)
-
-
-def test_limits_of_the_radius(rng):
-    x, v = rng.standard_normal((5, 12)), rng.standard_normal(12)
-    np.testing.assert_array_equal(CenteredClipping(0.0, 2)(x, center=v), v)
-    np.testing.assert_array_equal(CenteredClipping(0.0)(x), np.zeros(12))
-    np.testing.assert_allclose(CenteredClipping(1e9)(x, center=v), x.mean(axis=0), rtol=1e-9)
-    norms = np.linalg.norm(x, axis=1)
-    want = norms.min() * (x / norms[:, None]).mean(axis=0)
-    np.testing.assert_allclose(CenteredClipping(norms.min())(x), want, rtol=1e-12)
-
-
-def test_a_center_must_fit_and_be_finite(rng):
-    x = rng.standard_normal((5, 4))
-    rule = CenteredClipping(1.0, nonfinite="exclude")
-    with pytest.raises(InvalidInputError, match="center: expected shape"):
-        rule(x, center=np.zeros(3))
-    with pytest.raises(NonFiniteError, match="center: NaN"):
-        rule(x, center=np.full(4, np.nan))
-    with pytest.raises(NonFiniteError, match="center: NaN"):
-        rule.diagnose(x, center=np.full(4, np.nan))
-    with pytest.raises(InvalidInputError, match="center: Krum has no centre"):
-        Krum(1)(x, center=x[0])
 
 
 # ---- principal gradients -----------------------------------------------------------------------
@@ -800,7 +343,7 @@ def test_mean_is_a_rule(rng):
         (lambda: Krum(1, squared="no"), DTypeError, "squared"),
         (lambda: Krum(1, neighbours=6)(TABLE), InvalidInputError, "neighbours: .*n = 6"),
         (lambda: Krum(0)(TABLE[:2]), InvalidInputError, "n - f - 2 nearest of n = 2"),
-        (lambda: Krum(1)(ROWS3), InvalidInputError, "with f = 1 none are left"),
+        (lambda: Krum(1)(STEPS), InvalidInputError, "with f = 1 none are left"),
         (lambda: MultiKrum(1, 0), InvalidInputError, "m: "),
         (lambda: MultiKrum(1, 7)(TABLE), InvalidInputError, "m: expected at most n = 6"),
         (lambda: Bulyan(1)(TABLE), InvalidInputError, r"n >= 4 f \+ 3"),
@@ -841,36 +384,3 @@ def test_a_pivot_that_was_left_out_is_an_error():
     x[3] = np.nan
     with pytest.raises(InvalidInputError, match=r"pivot: .*finite, got 3"):
         NearestNeighborAverage(1, pivot=3, nonfinite="exclude")(x)
-
-
-# ---- the reference library, where it is installed ----------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "rule"),
-    [
-        ("Krum", ("f",), lambda f: Krum(f, "byzfl")),
-        ("MultiKrum", ("f",), lambda f: MultiKrum(f, convention="byzfl")),
-        ("GeometricMedian", (), lambda f: GeometricMedian("byzfl")),
-        ("CenteredClipping", (), lambda f: CenteredClipping(3.0, 2)),
-        ("MDA", ("f",), MDA),
-        ("MoNNA", ("f",), lambda f: NearestNeighborAverage(f, pivot=1)),
-        ("Median", (), lambda f: Median()),
-        ("TrMean", ("f",), TrimmedMean),
-        ("Meamed", ("f",), MeaMed),
-    ],
-)
-def test_equal_to_byzfl(name, options, rule):
-    from flcore.bench.byzfl_peer import byzfl_aggregators
-
-    library, reason = byzfl_aggregators()
-    if library is None:
-        pytest.skip(f"ByzFL is {reason}")
-    more = {"MoNNA": {"idx": 1}, "CenteredClipping": {"tau": 3.0, "L": 2}}.get(name, {})
-    for n, f in ((3, 1), (5, 2), (8, 3), (10, 2), (16, 2), (26, 1)):
-        for d in (1, 3, 17, 400):
-            x = np.random.default_rng([n, d]).standard_normal((n, d))
-            theirs = getattr(library, name)(**{o: f for o in options}, **more)(x)
-            np.testing.assert_allclose(rule(f)(x), theirs, rtol=1e-9, atol=1e-12)
-            single = rule(f)(x.astype(np.float32))
-            np.testing.assert_allclose(single, theirs, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +161,50 @@ def test_codes_agree_between_triton_and_python():
     codes = (kernels.SGD, kernels.MOMENTUM, kernels.ADAGRAD, kernels.ADAM)
     assert [c.value for c in codes] == list(range(4))
     assert kernels.STEP_NONFINITE.value == _native.core.STEP_NONFINITE
+
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flcore.pykernels import combine_rows, combine_step, sums
+
+tables = {"table_ptr": "*i64", "flags_ptr": "*i32", "rows": "i32", "layers": "i32"}
+found = {}
+for name, kernel, arguments, constants in (
+    ("step", combine_step.step_kernel, tables,
+     dict(D=3, W=1, C=2, A=0, KIND=4, MODELS=True, NOISE=True, DIVIDE=False, EMPTY=False)),
+    ("rows", combine_rows.rows_kernel,
+     {"matrix_ptr": "*i64", **tables, "lines": "i32", "entries": "i32"}, dict(D=1, A=0)),
+):
+    constants |= dict(ALIGNED=True, BLOCK=1024)
+    names = kernel.arg_names
+    signature = {n: arguments.get(n, "constexpr") for n in names}
+    source = ASTSource(kernel, signature, constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=sums.OPTIONS).asm["ptx"]
+    found[name] = re.findall(r"\\b(?:fma|mul|add|div|sqrt)\\.[a-z0-9.]+", ptx)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif("triton" not in VARIANTS, reason="triton is not installed")
+def test_triton_kernels_compile_to_operations_rounded_one_by_one():
+    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for instructions in found.values():
+        assert {"mul.rn.f32", "add.rn.f32"} <= set(instructions)
+        assert not [i for i in instructions if i.startswith("fma")]
+    roots = {i for i in found["step"] if i.startswith(("div", "sqrt")) and i.endswith("f32")}
+    assert roots == {"div.rn.f32", "sqrt.rn.f32"}
 
 
 # ---- exactness ---------------------------------------------------------------------------------

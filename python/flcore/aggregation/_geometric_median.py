@@ -18,7 +18,7 @@ __all__ = ["GeometricMedian"]
 
 STARTS = ("near", "mean", "zero")
 CONVENTIONS: dict[str, dict[str, Any]] = {
-    "converged": dict(smoothing="relative:1e-6", iterations=256, tolerance=1e-12, start="near"),
+    "converged": dict(smoothing="relative:1e-6", iterations=256, tolerance=1e-10, start="near"),
     "byzfl": dict(smoothing=0.1, iterations=3, tolerance=None, start="zero"),
     "rfa": dict(smoothing=1e-5, iterations=4, tolerance=1e-6, start="mean"),
 }
@@ -36,8 +36,8 @@ class GeometricMedian(Rule):
     Parameters
     ----------
     convention : {"converged", "byzfl", "rfa"}
-        What the other options are by default. "converged": as far as float64 goes, free of scale
-        and of the place of the zero vector. "byzfl": 3 steps from the zero vector,
+        What the other options are by default. "converged": until the point stands still, free of
+        scale and of the place of the zero vector. "byzfl": 3 steps from the zero vector,
         :math:`\nu = 0.1`. "rfa": 4 steps from the mean, :math:`\nu = 10^{-5}`, tolerance 1e-6.
     smoothing : float or str, optional
         :math:`\nu > 0`. "relative:1e-3" means that part of the median distance of the updates to
@@ -45,7 +45,9 @@ class GeometricMedian(Rule):
     iterations : int, optional
         Steps at most, at least 1.
     tolerance : float, optional
-        Stop when the sum of distances changes by this part of itself or less; 0 for never.
+        Stop when the point moves by this part of the median distance to the updates or less; for
+        "byzfl" and "rfa", when the sum of distances changes by this part of itself or less, which
+        one client far out can bring about at once. 0 for never.
     start : {"near", "mean", "zero"}, optional
         First z: the mean of the ``n // 2 + 1`` updates nearest to the one in their midst, the
         weighted mean, or the zero vector. From the zero vector the result moves with the updates
@@ -68,7 +70,7 @@ class GeometricMedian(Rule):
     >>> from flcore.aggregation import GeometricMedian
     >>> updates = [np.float64(x) for x in ([0, 0], [0, 2], [2, 0], [2, 2], [1e9, 1e9])]
     >>> GeometricMedian()(updates).round(3)
-    array([1.549, 1.549])
+    array([1.577, 1.577])
     >>> GeometricMedian("byzfl")(np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]))
     array([3.78788764, 4.78788764, 5.78788764])
     """
@@ -128,6 +130,7 @@ class GeometricMedian(Rule):
             self._option("iterations"),
             self._option("tolerance") or None,
             away,
+            movement=self.convention == "converged",
         )
         return Decision(combination, scores=distances)
 

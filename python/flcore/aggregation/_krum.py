@@ -117,7 +117,9 @@ class Krum(_KrumRule):
 
     Notes
     -----
-    Weights choose nothing: clients of weight 0 are left out, the others are ranked alike.
+    Weights choose nothing: clients of weight 0 are left out, the others are ranked alike. With a
+    single neighbour (q = 1) two clients nearest to each other always tie, and the order of the call
+    decides.
     A client that was left out as non-finite counts among the f bad ones.
 
     References

@@ -27,6 +27,8 @@ def weiszfeld(
     iterations: int,
     tolerance: float | None = None,
     away: np.ndarray | None = None,
+    *,
+    movement: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Smoothed Weiszfeld steps towards ``argmin_z sum_i a_i ||z - x_i||``.
 
@@ -46,8 +48,11 @@ def weiszfeld(
         At least 1.
     tolerance : float, optional
         Stop when the sum F of weighted distances changes by at most ``tolerance * F``.
+        One row far out makes F large, and the steps stop early.
     away : (n,) float64, optional
         Distances to the first z, when they are known better than from `frame`.
+    movement : bool
+        Stop when z moves by at most `tolerance` times the median distance instead.
 
     Returns
     -------
@@ -63,12 +68,20 @@ def weiszfeld(
     floor = max(smoothing, 1e-290)  # 1 / floor and its sums stay finite
     objectives = [float((weights * away).sum())]
     for _ in range(iterations):
+        last = z
         pull = weights / np.maximum(floor, away)
         z = np.append(pull / pull.sum(), 0.0)
         away = distances_to(frame, z)
         objectives.append(float((weights * away).sum()))
+        if tolerance is None:
+            continue
         before, after = objectives[-2:]
-        if tolerance is not None and abs(before - after) <= tolerance * after:
+        if movement:
+            change = z - last
+            moved = (change * np.einsum("ij,j->i", frame, change)).sum()
+            if moved <= (tolerance * np.sort(away)[len(away) // 2]) ** 2:
+                break
+        elif abs(before - after) <= tolerance * after:
             break
     return z[:-1], away, objectives
 
