@@ -1,8 +1,8 @@
 """Case of the server family: the weighted mean of client updates and one step of FedAdam along it.
 
-The peers update model and state in place, as an eager training loop does, and get the stacked
-matrix free of charge. flcore writes the new model and state beside the old ones, so that a bad
-update leaves both as they were.
+The peers update model and state in place, as an eager training loop does, and all but one get the
+stacked matrix free of charge, where frameworks hold a list. flcore writes the new model and state
+beside the old ones, so that a bad update leaves both as they were.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _torch_chains(torch: Any, data: Updates, start: Any, setup: Setup) -> list[C
         reset()
         return Contestant(name, call, to_numpy, reset)
 
-    found = [contestant(_EAGER, eager, stacked)]
+    found = [contestant(_EAGER, eager, stacked), contestant(_LIST, written_out, rows)]
     if setup.compiled:
         found.append(contestant(_COMPILED, torch.compile(eager), stacked))
         found.append(contestant(_FUSED, torch.compile(written_out), rows))
@@ -140,6 +140,7 @@ def _torch_chains(torch: Any, data: Updates, start: Any, setup: Setup) -> list[C
 
 
 _EAGER = "torch eager chain, weights @ stacked"
+_LIST = "torch eager chain, sum of w * x over the list of updates"
 _COMPILED = "torch.compile of the chain"
 _FUSED = "torch.compile of sum(w * x) and the chain"
 
@@ -161,7 +162,7 @@ def build_adam(setup: Setup, *, clients: int, numel: int) -> Workload:
     else:
         absent["numpy chain"] = "no CUDA arrays in NumPy"
     if torch is None:
-        absent |= dict.fromkeys((_EAGER, _COMPILED, _FUSED), reason)
+        absent |= dict.fromkeys((_EAGER, _LIST, _COMPILED, _FUSED), reason)
     else:
         contestants += _torch_chains(torch, data, start, setup)
         if not setup.compiled:
