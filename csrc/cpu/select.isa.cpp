@@ -136,17 +136,18 @@ static const NetworkFn SORT_RUN[9] = {nullptr,
                                       FLCORE_SORT_RUN(32)};
 
 // Sorts a[0 .. n - 1]; what follows up to a multiple of 4 is overwritten.
-static void sort_values(vf32* a, int64_t n) {
+static void sort_values(vf32* a, int64_t n, const Wanted& want) {
   if (n <= 32 || n > 128) return sort_general(a, n);
   const int64_t padded = (n + 3) / 4 * 4;
   for (int64_t i = n; i < padded; ++i) a[i] = vf32{} + __builtin_inff();
   for (int64_t first = 0; first < n; first += 32)
     SORT_RUN[padded - first < 32 ? (padded - first) / 4 : 8](a + first, 1);
-  merge_32(a, n < 64 ? n : 64);
-  if (n > 96) merge_32(a + 64, n - 64);
-  if (n > 64) merge_64(a, n);
+  if (n <= 64) return merge_32(a, n, want);
+  merge_32(a, 64, {0, 63});
+  if (n > 96) merge_32(a + 64, n - 64, {0, n - 65});
+  merge_64(a, n, want);
 }
-static void sort_values(vf64* a, int64_t n) { sort_general(a, n); }
+static void sort_values(vf64* a, int64_t n, const Wanted&) { sort_general(a, n); }
 
 // Any number of rows: the values of one vector of coordinates are sorted in cache.
 template <class T>
@@ -154,6 +155,8 @@ static bool sort_in_cache(const char* const* p, int64_t m, const Plan& plan,
                           typename VectorOf<T>::type* a, T* out) {
   typedef typename VectorOf<T>::type V;
   constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(T));
+  const bool middle = plan.op == SELECT_MEDIAN;
+  const Wanted want{middle ? (plan.n - 1) / 2 : 0, middle ? plan.n / 2 : plan.n - 1};
   V total = {};
   for (int64_t i = 0; i < m; i += WIDTH) {
     V sum = {};
@@ -164,7 +167,7 @@ static bool sort_in_cache(const char* const* p, int64_t m, const Plan& plan,
       sum += a[r];
     }
     total += sum * T(0);
-    sort_values(a, plan.n);
+    sort_values(a, plan.n, want);
     store(out + i, statistic<V, T>(a, plan));
   }
   return any_nan(total);

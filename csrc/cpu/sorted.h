@@ -36,9 +36,9 @@ FLCORE_INLINE V trimmed_mean(const V* a, int64_t n, int64_t f) {
 
 // Mean of the `keep` values nearest to c: a window of the sorted order. Of the values r, r + keep,
 // r + 2 keep, .. exactly one lies in the window; it moves up one step for as long as the value that
-// enters is nearer than the one that leaves, that is, for as long as their midpoint lies below c, and
-// that turns false once and for all. (Midpoints, not distances: those of the two middle values to
-// their mean are equal, and rounding must not tell them apart.)
+// enters is nearer than the one that leaves, that is, for as long as their midpoint lies below c,
+// and that turns false once and for all. (Midpoints, not distances: those of the two middle values
+// to their mean are equal, and rounding must not tell them apart.)
 template <class V, class T>
 FLCORE_INLINE V nearest_mean(const V* a, int64_t n, int64_t keep, const V& c) {
   V sum = {};
@@ -102,21 +102,29 @@ typedef void (*NetworkFn)(vf32*, int64_t);
 static const NetworkFn MERGE_16[17] = {nullptr, FLCORE_1_TO_16(FLCORE_MERGE)};
 #undef FLCORE_MERGE
 
+// Sorted positions that have to come out right; a median needs the middle alone.
+struct Wanted {
+  int64_t first, last;
+};
+
 // Merges sorted a[0 .. 31] with a[32 .. n - 1], at most 32 more. Values of one parity are merged in
 // registers, 16 with at most 16; what they then lack is one exchange across neighbours.
-static void merge_32(vf32* a, int64_t n) {
+static void merge_32(vf32* a, int64_t n, const Wanted& want) {
   for (int64_t q = 0; q < 2; ++q)
     if (const int64_t more = (n - 32 - q + 1) / 2) MERGE_16[more](a + q, 2);
-  for (int64_t i = 1; i + 1 < n; i += 2) exchange(a[i], a[i + 1]);
+  for (int64_t i = want.first > 2 ? (want.first - 1) | 1 : 1; i + 1 < n && i <= want.last; i += 2)
+    exchange(a[i], a[i + 1]);
 }
 
 // Merges sorted a[0 .. 63] with a[64 .. n - 1], at most 64 more: four register merges of the values
-// of one residue modulo 4, then exchanges at distances 2 and 1 in one sweep.
-static void merge_64(vf32* a, int64_t n) {
+// of one residue modulo 4, then exchanges at distances 2 and 1 in one sweep over blocks of four. An
+// exchange at distance 1 wants both its values from distance 2: the sweep starts a block early.
+static void merge_64(vf32* a, int64_t n, const Wanted& want) {
   for (int64_t q = 0; q < 4; ++q)
     if (const int64_t more = (n - 64 - q + 3) / 4) MERGE_16[more](a + q, 4);
-  int64_t i = 2;
+  int64_t i = want.first > 10 ? (want.first - 3) / 4 * 4 - 2 : 2;
   for (; i + 3 < n; i += 4) {
+    if (i > want.last + 2) return;
     vf32 w = a[i - 1], x0 = a[i], x1 = a[i + 1], x2 = a[i + 2], x3 = a[i + 3];
     exchange(x0, x2);
     exchange(x1, x3);
