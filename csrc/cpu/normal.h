@@ -14,20 +14,6 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
-FLCORE_INLINE vf32 normal_sqrt(const vf32& x) {  // correctly rounded
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_sqrt_ps(__mmask16(0xffff), (__m512)x);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_sqrt_ps((__m256)x);
-#elif defined(__x86_64__)
-  return (vf32)_mm_sqrt_ps((__m128)x);
-#else
-  vf32 root;
-  for (int k = 0; k < LANES; ++k) root[k] = __builtin_sqrtf(x[k]);
-  return root;
-#endif
-}
-
 // sqrt(-2 ln((word + 1) 2^-32))
 FLCORE_INLINE vf32 normal_radius(const vu32& word) {
   // Above 1/2 the distance to 1 is converted, below it the number itself: either way the float
@@ -50,7 +36,7 @@ FLCORE_INLINE vf32 normal_radius(const vu32& word) {
   const vf32 p = ((z * ATANH_3 + ATANH_2) * z + ATANH_1) * z + ATANH_0;
   const vf32 half = s + s * (z * p);  // ln(1 + f) / 2
   const vf32 log = e * LN2_HI + (half * 2.0f + e * LN2_LO);
-  return normal_sqrt(log * -2.0f);
+  return vsqrt(log * -2.0f);
 }
 
 // r cos(2 pi u) and r sin(2 pi u), u = (word >> 7) 2^-25

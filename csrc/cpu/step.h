@@ -20,33 +20,8 @@ namespace FLCORE_ISA {
 FLCORE_INLINE float root(float x) { return __builtin_sqrtf(x); }
 FLCORE_INLINE double root(double x) { return __builtin_sqrt(x); }
 
-FLCORE_INLINE vf32 root(const vf32& x) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_sqrt_ps(__mmask16(0xffff), (__m512)x);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_sqrt_ps((__m256)x);
-#elif defined(__x86_64__)
-  return (vf32)_mm_sqrt_ps((__m128)x);
-#else
-  vf32 y;
-  for (int k = 0; k < LANES; ++k) y[k] = __builtin_sqrtf(x[k]);
-  return y;
-#endif
-}
-
-FLCORE_INLINE vf64 root(const vf64& x) {
-#if defined(__AVX512F__)
-  return (vf64)_mm512_maskz_sqrt_pd(__mmask8(0xff), (__m512d)x);
-#elif defined(__AVX2__)
-  return (vf64)_mm256_sqrt_pd((__m256d)x);
-#elif defined(__x86_64__)
-  return (vf64)_mm_sqrt_pd((__m128d)x);
-#else
-  vf64 y;
-  for (int k = 0; k < LANES64; ++k) y[k] = __builtin_sqrt(x[k]);
-  return y;
-#endif
-}
+FLCORE_INLINE vf32 root(const vf32& x) { return vsqrt(x); }
+FLCORE_INLINE vf64 root(const vf64& x) { return vsqrt(x); }
 
 // Options of a step, rounded once to the type of the arithmetic.
 template <class T>

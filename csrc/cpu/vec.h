@@ -225,6 +225,36 @@ FLCORE_INLINE void store1(void* p, int64_t i, double x) {
     store1<D>(p, i, D == F32 ? float(x) : f64_to_f32_odd(x));
 }
 
+// ---- square roots, correctly rounded ------------------------------------------------------------
+
+FLCORE_INLINE vf32 vsqrt(const vf32& x) {
+#if defined(__AVX512F__)
+  return (vf32)_mm512_maskz_sqrt_ps(__mmask16(0xffff), (__m512)x);
+#elif defined(__AVX2__)
+  return (vf32)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vf32)_mm_sqrt_ps((__m128)x);
+#else
+  vf32 y;
+  for (int k = 0; k < LANES; ++k) y[k] = __builtin_sqrtf(x[k]);
+  return y;
+#endif
+}
+
+FLCORE_INLINE vf64 vsqrt(const vf64& x) {
+#if defined(__AVX512F__)
+  return (vf64)_mm512_maskz_sqrt_pd(__mmask8(0xff), (__m512d)x);
+#elif defined(__AVX2__)
+  return (vf64)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__x86_64__)
+  return (vf64)_mm_sqrt_pd((__m128d)x);
+#else
+  vf64 y;
+  for (int k = 0; k < LANES64; ++k) y[k] = __builtin_sqrt(x[k]);
+  return y;
+#endif
+}
+
 // ---- loops whose index is a constant -----------------------------------------------------------
 
 // Arrays of vectors stay in registers only when every index is known when the loop is written out.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from flcore.ops.combine import ACCUMULATE, NONFINITE
 __all__ = ["ServerOptimizer"]
 
 
-class ServerOptimizer:
+class ServerOptimizer(ABC):
     """Base of `FedAvgM`, `FedAdagrad`, `FedAdam` and `FedYogi`: state, rounds, integer layers.
 
     Parameters
@@ -84,9 +85,9 @@ class ServerOptimizer:
         numbers = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
         return f"{type(self).__name__}({numbers}), round {self.round}"
 
+    @abstractmethod
     def _step(self) -> Step:
         """Return the step of the round that comes next."""
-        raise NotImplementedError
 
     def _start(self, name: str) -> float:
         """Return the value from which a state starts."""
