@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "api.h"
+
 namespace flcore {
 
 // Digits, the first worth 2^unit, then one word: infinities counted in units, NaN in 2^32.
@@ -14,6 +16,12 @@ struct ExactForm {
   int digits;
   constexpr int words() const { return digits + 1; }
 };
+
+// Of the sums of gram, see GramArgs.
+constexpr ExactForm gram_form(bool wide) {
+  return wide ? ExactForm{GRAM_UNIT_F64, GRAM_DIGITS_F64}
+              : ExactForm{GRAM_UNIT_F32, GRAM_DIGITS_F32};
+}
 
 static inline void exact_add(int64_t* sum, const ExactForm& form, double value) {
   uint64_t u;

@@ -21,18 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from flcore.pykernels.sums import (
-    ACCUMULATE,
-    BF16,
     BINS,
-    F16,
     F32,
     F64,
     INFINITY,
-    NONFINITE,
     OPTIONS,
-    OUT_OF_RANGE,
     add_rows,
-    bfloat16_bits,
     divided,
     find_layer,
     load_some,
@@ -47,23 +41,7 @@ from flcore.pykernels.sums import (
 
 from flcore import _arrays
 
-__all__ = [
-    "ACCUMULATE",
-    "BF16",
-    "BINS",
-    "F16",
-    "F32",
-    "F64",
-    "NONFINITE",
-    "OUT_OF_RANGE",
-    "bfloat16_bits",
-    "combine",
-    "find_layer",
-    "nonfinite",
-    "pointer",
-    "to_device",
-    "widen",
-]
+__all__ = ["combine", "nonfinite"]
 
 BLOCK = 2048  # coordinates a program
 HEAD = tl.constexpr(4)  # words of a layer in the table before its row addresses

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from flcore.pykernels.combine import bfloat16_bits, combine, find_layer, pointer, to_device, widen
+from flcore.pykernels.combine import combine
+from flcore.pykernels.sums import bfloat16_bits, find_layer, pointer, to_device, widen
 
 from flcore import _arrays
 from flcore._native import core

@@ -14,11 +14,6 @@ namespace flcore {
 
 using Sums = py::array_t<int64_t, py::array::c_style>;  // (segments, entries, words)
 
-static ExactForm form_of(bool wide) {
-  return wide ? ExactForm{GRAM_UNIT_F64, GRAM_DIGITS_F64}
-              : ExactForm{GRAM_UNIT_F32, GRAM_DIGITS_F32};
-}
-
 static void check_starts(const char* name, const std::vector<int64_t>& starts) {
   FLCORE_CHECK(!starts.empty() && starts.front() == 0, name, ": expected to begin with 0");
   for (size_t i = 1; i < starts.size(); ++i)
@@ -65,7 +60,7 @@ static py::array_t<double> gram_finish(const Sums& sums, bool wide, bool is_sign
   FLCORE_CHECK(sums.ndim() == 3 && sums.shape(2) == gram_words(wide), "sums: expected (.., ",
                gram_words(wide), ") words");
   py::array_t<double> values({sums.shape(0), sums.shape(1)});
-  const ExactForm form = form_of(wide);
+  const ExactForm form = gram_form(wide);
   const int64_t* from = sums.data();
   double* to = values.mutable_data();
   for (py::ssize_t i = 0; i < values.size(); ++i)

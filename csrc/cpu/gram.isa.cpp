@@ -13,6 +13,7 @@
 #include "cpu/fma.h"
 #include "cpu/isa.h"
 #include "cpu/layers.h"
+#include "cpu/scratch.h"
 #include "cpu/vec.h"
 #include "exact.h"
 
@@ -152,12 +153,7 @@ static double wide_pair(const double* a, const double* b) {
 
 // ---- work of one thread ------------------------------------------------------------------------
 
-static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static int64_t blocks_of(int64_t n) { return (n + SIDE - 1) / SIDE; }
-static ExactForm form_of(bool wide) {
-  return wide ? ExactForm{GRAM_UNIT_F64, GRAM_DIGITS_F64}
-              : ExactForm{GRAM_UNIT_F32, GRAM_DIGITS_F32};
-}
 
 struct Workspace {
   const char** p;  // [n padded to whole blocks] the rows of a tile
@@ -166,17 +162,21 @@ struct Workspace {
   int64_t* sums;  // [entries][words] sums of this thread in the current segment
 };
 
-static int64_t rows_bytes(int64_t n, bool wide) { return up(n * GRAM_TILE * (wide ? 8 : 4)); }
-static int64_t part_bytes(int64_t n) { return up(blocks_of(n) * (blocks_of(n) + 1) / 2 * 16 * 8); }
+static int64_t rows_bytes(int64_t n, bool wide) {
+  return whole_lines(n * GRAM_TILE * (wide ? 8 : 4));
+}
+static int64_t part_bytes(int64_t n) {
+  return whole_lines(blocks_of(n) * (blocks_of(n) + 1) / 2 * 16 * 8);
+}
 
 static int64_t scratch_bytes(int64_t n, bool wide) {
-  return up(8 * SIDE * blocks_of(n)) + rows_bytes(n, wide) + part_bytes(n) +
-         up(gram_entries(n, GRAM_DISTANCES) * gram_words(wide) * 8);
+  return whole_lines(8 * SIDE * blocks_of(n)) + rows_bytes(n, wide) + part_bytes(n) +
+         whole_lines(gram_entries(n, GRAM_DISTANCES) * gram_words(wide) * 8);
 }
 
 static Workspace workspace(const GramArgs& a, int64_t thread) {
   char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a.n, a.wide);
-  char* rows = base + up(8 * SIDE * blocks_of(a.n));
+  char* rows = base + whole_lines(8 * SIDE * blocks_of(a.n));
   char* part = rows + rows_bytes(a.n, a.wide);
   return {reinterpret_cast<const char**>(base), rows, reinterpret_cast<double*>(part),
           reinterpret_cast<int64_t*>(part + part_bytes(a.n))};
@@ -294,7 +294,7 @@ static double part_of(const GramArgs& a, const double* part, int64_t i, int64_t 
 }
 
 static void close_chunk(const GramArgs& a, const Workspace& w) {
-  const ExactForm form = form_of(a.wide);
+  const ExactForm form = gram_form(a.wide);
   int64_t* to = w.sums;
   for (int64_t i = 0; i < a.n; ++i)
     for (int64_t j = a.kind == GRAM_NORMS ? i : 0; j <= i; ++j, to += form.words())

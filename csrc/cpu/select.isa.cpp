@@ -14,6 +14,7 @@
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "cpu/layers.h"
+#include "cpu/scratch.h"
 #include "cpu/sorted.h"
 #include "cpu/vec.h"
 
@@ -53,20 +54,27 @@ static bool any_nan(const V& total) {
   return !(sum == 0);
 }
 
+// The values of N rows at coordinates i .. i + LANES - 1; returns their sum.
+template <int N>
+FLCORE_INLINE vf32 load_values(const char* const* p, int64_t i, vf32* v) {
+  vf32 sum = {};
+  unroll<N>([&](auto r) FLCORE_LAMBDA {
+    const char* at = p[r.value] + 4 * i;
+    __builtin_prefetch(at + AHEAD, 0, 2);
+    v[r.value] = load<vf32>(at);
+    sum += v[r.value];
+  });
+  return sum;
+}
+
 template <int N>
 static bool median_in_registers(const char* const* p, int64_t m, const Plan& plan, vf32*,
                                 float* out) {
   typedef SortNetwork<N, (N - 1) / 2, N / 2> Net;
   vf32 total = {};
   for (int64_t i = 0; i < m; i += LANES) {
-    vf32 v[N], sum = {};
-    unroll<N>([&](auto r) FLCORE_LAMBDA {
-      const char* at = p[r.value] + 4 * i;
-      __builtin_prefetch(at + AHEAD, 0, 2);
-      v[r.value] = load<vf32>(at);
-      sum += v[r.value];
-    });
-    total += sum * 0.0f;
+    vf32 v[N];
+    total += load_values<N>(p, i, v) * 0.0f;
     run_network<Net>(v);
     constexpr int A = Net::net.order.at[(N - 1) / 2], B = Net::net.order.at[N / 2];
     const vf32 c = N % 2 ? v[A] : middle(v[A], v[B], plan.median);
@@ -81,14 +89,8 @@ static bool sort_in_registers(const char* const* p, int64_t m, const Plan& plan,
   typedef SortNetwork<N> Net;
   vf32 total = {};
   for (int64_t i = 0; i < m; i += LANES) {
-    vf32 v[N], sum = {};
-    unroll<N>([&](auto r) FLCORE_LAMBDA {
-      const char* at = p[r.value] + 4 * i;
-      __builtin_prefetch(at + AHEAD, 0, 2);
-      v[r.value] = load<vf32>(at);
-      sum += v[r.value];
-    });
-    total += sum * 0.0f;
+    vf32 v[N];
+    total += load_values<N>(p, i, v) * 0.0f;
     run_network<Net>(v);
     unroll<N>([&](auto r) FLCORE_LAMBDA { a[r.value] = v[Net::net.order.at[r.value]]; });
     store(out + i, statistic<vf32, float>(a, plan));
@@ -262,20 +264,18 @@ struct Workspace {
   char* used;      // [n] whether a row has a coefficient
 };
 
-// 64-byte multiples, so that vectors lie on cache lines
-static int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 static int64_t scratch_bytes(int64_t n, int64_t count) {
-  return up(8 * count) + up(VEC_BYTES * (count + 3)) + up(8 * count * staged(count)) +
-         up(8 * n * staged(count)) + up(n);
+  return whole_lines(8 * count) + whole_lines(VEC_BYTES * (count + 3)) +
+         whole_lines(8 * count * staged(count)) + whole_lines(8 * n * staged(count)) +
+         whole_lines(n);
 }
 
 static Workspace workspace(const SelectArgs& a, int64_t thread) {
   char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a.n, a.count);
-  char* buffer = base + up(8 * a.count);
-  char* rows = buffer + up(VEC_BYTES * (a.count + 3));
-  char* raw = rows + up(8 * a.count * staged(a.count));
-  char* used = raw + up(8 * a.n * staged(a.count));
+  char* buffer = base + whole_lines(8 * a.count);
+  char* rows = buffer + whole_lines(VEC_BYTES * (a.count + 3));
+  char* raw = rows + whole_lines(8 * a.count * staged(a.count));
+  char* used = raw + whole_lines(8 * a.n * staged(a.count));
   for (int64_t r = 0; r < a.n; ++r) used[r] = 0;
   if (a.mix_starts)
     for (int64_t e = 0; e < a.mix_starts[a.count]; ++e) used[a.mix_rows[e]] = 1;

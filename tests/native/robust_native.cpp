@@ -121,8 +121,7 @@ static void distances(int64_t n, const std::vector<int64_t>& numel, int dtype, i
   a.first_chunk = first_chunk.data();
   a.scratch = aligned(scratch);
   cpu().gram->gram(a);
-  const ExactForm form =
-      wide ? ExactForm{GRAM_UNIT_F64, GRAM_DIGITS_F64} : ExactForm{GRAM_UNIT_F32, GRAM_DIGITS_F32};
+  const ExactForm form = gram_form(wide);
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t* at = sums.data() + l * entries * form.words();
     for (int64_t i = 0; i < n; ++i)

@@ -22,7 +22,7 @@ from flcore.aggregation._rule import Pipeline, Rule
 from flcore.aggregation._team import Team
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, VariantUnavailableError
 from flcore.ops.combine import one_device
-from flcore.ops.gram import Gram, _for_rows, _gram_cpu, exact_sums, finish, settle
+from flcore.ops.gram import Gram, _gram_cpu, exact_sums, finish, settle
 from flcore.reference.gram import KINDS
 
 __all__ = ["Sharded"]
@@ -258,10 +258,8 @@ class ShardedCall(Call):
             return self._added(lambda: function(views, **arguments), places, len(keys))
 
         def search(rows: Sequence[int]) -> list[bool]:
-            variant = _for_rows(self.variant)
-
             def found() -> list[bool]:
-                find = _variants.choose("nonfinite", device, variant)
+                find = _variants.choose("nonfinite", device, self.variant)
                 return list(find([views[i] for i in rows]))
 
             return [any(flags) for flags in zip(*self.team.together(found), strict=True)]

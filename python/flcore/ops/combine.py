@@ -166,12 +166,29 @@ def combine_layers(
         nonfinite=nonfinite,
         accumulate=accumulate,
     )
+    return deliver(out, targets, writes_through)
+
+
+def deliver(out: Sequence[Any] | None, targets: Sequence[View], writes_through: bool) -> list[Any]:
+    """Return the layers of a result: those of `out`, which get what was written elsewhere."""
     if out is None:
         return [t.array for t in targets]
     if not writes_through:
         for target, result in zip(out, targets, strict=True):
             _arrays.assign(target, result.array)
     return list(out)
+
+
+def bad_clients(bad: Sequence[int], then: str) -> NonFiniteError:
+    """Return the error that names the clients `bad` and goes on with `then`."""
+    names = ", ".join(f"updates[{i}]" for i in bad)
+    return NonFiniteError(f"{names}: NaN or infinity found{then}", tuple(bad))
+
+
+ADVICE = (
+    ". Drop the client, or pass nonfinite='exclude' to leave it out, or nonfinite='propagate' to "
+    "let it through"
+)
 
 
 def settle(
@@ -209,18 +226,11 @@ def settle(
             bad = [active[i] for i in bad]
         if not bad:
             return keep
-        names = ", ".join(f"updates[{i}]" for i in bad)
         if nonfinite == "raise":
-            raise NonFiniteError(
-                f"{names}: NaN or infinity found. Drop the client, or pass nonfinite='exclude' to "
-                "leave it out, or nonfinite='propagate' to let it through",
-                tuple(bad),
-            )
+            raise bad_clients(bad, ADVICE)
         keep -= set(bad)
         if not any(weights(keep)):
-            raise NonFiniteError(
-                f"{names}: NaN or infinity found and no client is left to combine", tuple(bad)
-            )
+            raise bad_clients(bad, " and no client is left to combine")
 
 
 def explain(

@@ -10,8 +10,8 @@ import numpy as np
 
 from flcore import _native, _updates, _variants
 from flcore._arrays import View
-from flcore.errors import InvalidInputError, NonFiniteError
-from flcore.ops.combine import NONFINITE, one_device
+from flcore.errors import InvalidInputError
+from flcore.ops.combine import NONFINITE, bad_clients, one_device
 from flcore.reference.gram import KINDS
 
 __all__ = ["Gram", "gram"]
@@ -134,9 +134,7 @@ def gram_views(
     segments = [[j] for j in range(len(layers))] if per_layer else [list(range(len(layers)))]
     return settle(
         lambda wide: function(views, layers=layers, kind=kind, wide=wide, segments=segments),
-        lambda rows: _variants.choose("nonfinite", device, _for_rows(variant))(
-            [views[i] for i in rows]
-        ),
+        lambda rows: _variants.choose("nonfinite", device, variant)([views[i] for i in rows]),
         kind,
         sizes=[sum(layers[j].numel for j in members) for members in segments],
         per_layer=per_layer,
@@ -170,21 +168,12 @@ def settle(
         suspects = [int(i) for i in np.flatnonzero(~np.isfinite(norms).all(axis=0))]
         bad = [i for i, is_bad in zip(suspects, search(suspects), strict=True) if is_bad]
         if bad and nonfinite == "raise":
-            raise NonFiniteError(
-                f"{', '.join(f'updates[{i}]' for i in bad)}: NaN or infinity found. Drop the "
-                "client, or pass nonfinite='exclude' to leave it out",
-                tuple(bad),
-            )
+            raise bad_clients(bad, ". Drop the client, or pass nonfinite='exclude' to leave it out")
     good = np.setdiff1d(np.arange(n), bad)
     if widen and not wide and _out_of_range(matrix, kind, good, sizes):
         wide = True
         matrix = compute(True)
     return _result(matrix.copy(), kind, per_layer, bad, wide)
-
-
-def _for_rows(variant: str | None) -> str | None:
-    """Variant that looks for non-finite rows beside `variant` of gram."""
-    return variant if variant in (None, "reference", "cpu", "cuda") else None
 
 
 def _out_of_range(matrix: np.ndarray, kind: str, good: np.ndarray, sizes: Sequence[int]) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _native, _updates, _variants
 from flcore._arrays import View
-from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops.combine import NONFINITE, _targets, one_device
+from flcore.errors import DTypeError, InvalidInputError
+from flcore.ops.combine import ADVICE, NONFINITE, _targets, bad_clients, deliver, one_device
 from flcore.reference.select import OPS
 from flcore.reference.select import comparators as _network
 
@@ -153,26 +153,14 @@ def select_layers(
         if not bad:
             break
         bad = [active[i] for i in bad]
-        names = ", ".join(f"updates[{i}]" for i in bad)
         if nonfinite == "raise" or mix is not None:
-            raise NonFiniteError(
-                f"{names}: NaN or infinity found. Drop the client, or pass nonfinite='exclude' to "
-                "leave it out, or nonfinite='propagate' to let it through",
-                tuple(bad),
-            )
+            raise bad_clients(bad, ADVICE)
         active = [i for i in active if i not in bad]
         if not active:
-            raise NonFiniteError(
-                f"{names}: NaN or infinity found and no client is left", tuple(bad)
-            )
+            raise bad_clients(bad, " and no client is left")
         f, keep = max(0, f - len(bad)), min(keep, len(active))
     excluded = sorted(set(range(len(rows))) - set(active))
-    if out is None:
-        return [t.array for t in targets], excluded
-    if not writes_through:
-        for target, result in zip(out, targets, strict=True):
-            _arrays.assign(target, result.array)
-    return list(out), excluded
+    return deliver(out, targets, writes_through), excluded
 
 
 def _nonfinite_rows(
