@@ -140,6 +140,33 @@ struct ProbeFns {
   int64_t (*differences)(int64_t rounds, int threads, float* sink);
 };
 
+// ---- feedback: the update and what a client remembers, as every encoder reads them (cpu/feedback.h)
+
+// One affine form, float32, in this order, no fma; a term whose state is null is left out:
+//   s = p v + q g        the gradient with its momentum (s = g without v)
+//   t = (b e + s) - h    what is left to send
+//   u = (a e + s) - h    what is compressed
+// and with D the decoded packet: e <- t - D, h <- h + D, v <- s (0 where `mask` and D was sent).
+// New state may go to the memory of the old one, or elsewhere so that a failed call changes nothing.
+struct FeedbackArgs {
+  int64_t numel;
+  int64_t layers;
+  const int64_t* starts;     // [layers + 1] first coordinate of each layer, then numel
+  const int* dtype;          // [layers] DType
+  const void* const* grads;  // [layers], any alignment
+  const void* e;             // [numel] of state_dtype, or null
+  const float* h;            // [numel] or null
+  const void* v;             // [numel] of state_dtype, or null
+  void* e_new;               // [numel], null where the old one is
+  float* h_new;
+  void* v_new;
+  float a, b, p, q;
+  bool mask;
+  int state_dtype;           // of e and v: F32, or BF16 rounded stochastically
+  PhiloxStream rounding;     // its random bits
+  int threads;
+};
+
 // ---- sparsify: feedback, exact top-k, state update (csrc/cpu/sparsify.isa.cpp) -----------------
 
 constexpr int64_t SPARSE_TILE = 65536;  // coordinates a tile of the packet: 16-bit local indices

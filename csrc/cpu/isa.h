@@ -14,3 +14,4 @@
 #define FLCORE_JOIN(a, b) FLCORE_JOIN_(a, b)
 #define FLCORE_TABLE(stem) FLCORE_JOIN(stem, FLCORE_ISA)
 #define FLCORE_INLINE static inline __attribute__((always_inline))
+#define FLCORE_MEMBER inline __attribute__((always_inline))
