@@ -140,6 +140,17 @@ struct ProbeFns {
   int64_t (*differences)(int64_t rounds, int threads, float* sink);
 };
 
+// ---- random numbers of compression: the tensor word of each purpose (reference/streams.py) -------
+
+enum Stream : uint32_t {
+  STREAM_ROUNDING = 0x51,
+  STREAM_ROTATION = 0x52,
+  STREAM_RAND_K = 0x53,
+  STREAM_SKETCH = 0x54,
+  STREAM_LOW_RANK = 0x55,
+  STREAM_STATE = 0x56
+};
+
 // ---- feedback: the update and what a client remembers, as every encoder reads them (cpu/feedback.h)
 
 // One affine form, float32, in this order, no fma; a term whose state is null is left out:

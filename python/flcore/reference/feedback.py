@@ -11,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flcore._state import State
-from flcore.reference import rng
+from flcore.reference import rng, streams
 
-__all__ = ["TENSOR_STATE", "Block", "form", "from_state", "store"]
-
-TENSOR_STATE = 0x56
-"""Stream of the random bits that bfloat16 state is rounded with; client 0 is e, 1 is v."""
+__all__ = ["Block", "form", "from_state", "store"]
 
 
 class Block(NamedTuple):
@@ -70,7 +67,7 @@ def _write(out: np.ndarray | None, values: np.ndarray, seed: int, round: int, wh
         out[:] = values
         return
     words = rng.random_bits(
-        -(-values.size // 2), seed, round=round & 0xFFFFFFFF, tensor=TENSOR_STATE, client=which
+        -(-values.size // 2), seed, round=round & 0xFFFFFFFF, tensor=streams.STATE, client=which
     )
     half = words.view(np.uint16)[: values.size].astype(np.uint32)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
