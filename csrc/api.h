@@ -17,6 +17,8 @@ constexpr int64_t dtype_bytes(int dtype) {
   return dtype == F64 ? 8 : dtype == F32 ? 4 : dtype == I8 ? 1 : 2;
 }
 
+struct PacketView;  // a checked packet, see decode
+
 // ---- combine: weighted sum of client rows (csrc/cpu/combine.isa.cpp, kernels/combine.cu) ------
 
 enum Accumulate : int { ACC_F32 = 0, ACC_F64 = 1, ACC_REPRODUCIBLE = 2, ACCUMULATE_COUNT = 3 };
@@ -49,6 +51,8 @@ struct CombineArgs {
   int64_t* first_tile;        // [layers + 1] scratch of the CPU kernel
   const int* out_dtype = nullptr;  // [layers], floating; null: as dtype (CPU kernel only, as below)
   bool by_layer = false;           // a row's weight differs from layer to layer
+  const PacketView* packets = nullptr;  // [n]: float32 rows that are decoded on the way; no `rows`
+  const int64_t* starts = nullptr;      //   [layers + 1] first coordinate of each layer, the total
 };
 
 // m sums over the same rows, out[k][l][j] = sum_i A[k][i] rows[i][l][j]: each bit for bit the one
@@ -187,58 +191,303 @@ constexpr int SPARSIFY_LEVELS = 3, SPARSIFY_BINS = 2048;
 constexpr int SPARSIFY_SHIFT[SPARSIFY_LEVELS] = {20, 9, 0};
 constexpr int SPARSIFY_WIDTH[SPARSIFY_LEVELS] = {11, 11, 9};
 
-// t = (b e + g) - h,  u = (a e + g) - h;  a term whose state is null is left out.
-struct SparsifyArgs {
-  int64_t numel;
-  int64_t layers;
-  const int64_t* starts;     // [layers + 1] first coordinate of each layer, then numel
-  const int* dtype;          // [layers] DType
-  const void* const* grads;  // [layers], any alignment
-  float* e;                  // [numel] or null
-  float* h;                  // [numel] or null
-  float a, b;
+// Coordinates inside one tile of the packet and one segment of the selection.
+struct SparsePiece {
+  int64_t begin, end;
+  int64_t segment;
+};
+
+// Pieces in order, cut into lanes: a lane is the work of one thread.
+struct SparsePieces {
+  int64_t count;
+  const SparsePiece* piece;  // [count]
+  int64_t lanes;
+  const int64_t* lane;       // [lanes + 1] first piece of each lane
   int threads;
 };
 
-// Takes candidates with key > tau, and the first quota[tile] of each tile with key == tau.
+// Entries that may be selected. Those of a piece lie together, those of a lane in its own region.
+struct SparseCandidates {
+  const int64_t* region;  // [lanes + 1]
+  int64_t* from;          // [pieces] first entry of a piece
+  int64_t* count;         // [pieces]
+  uint16_t* local;        // [region[lanes]] index in the tile of the packet, increasing in a piece
+  float* u;               // [region[lanes]]
+  float* t;               // [region[lanes]], null without e
+};
+
+// The entries of a packet, tile after tile.
+struct SparseEntries {
+  const int64_t* starts;  // [tiles + 1] first entry of each tile
+  const uint16_t* local;  // [entries] index in the tile, increasing
+  const float* u;         // [entries] what is compressed
+  const float* t;         // [entries] what is left to send; null without e
+};
+
+// Segments of at most SPARSE_TILE coordinates each, selected one by one in cache.
+struct SmallSegment {
+  int64_t begin, end;
+  int64_t k, rank;   // entries wanted; the one whose key is asked for
+  int64_t at;        // where they go in local, u, t
+  int64_t low;       // out: entries in the first tile that the segment touches
+  int64_t found;     // out: entries in all: those of the k that reach the floor
+  uint32_t tau;      // out: key of entry `rank`, 0 when it does not reach the floor
+};
+
+struct SmallArgs {
+  int64_t count;
+  SmallSegment* segment;  // [count]
+  int64_t lanes;
+  const int64_t* lane;    // [lanes + 1] first segment of each lane
+  uint32_t floor;         // smallest key that is taken
+  bool check;             // only look whether everything is finite
+  uint16_t* local;        // [entries]
+  float* u;
+  float* t;               // null without e
+  float* scratch;         // [lanes][small_scratch floats]
+  int64_t longest;        // coordinates of the longest segment
+  int threads;
+};
+
+enum SweepFlags : int { SWEEP_NONFINITE = 1, SWEEP_FULL = 2 };
+
 struct EmitArgs {
-  const int64_t* candidate_starts;  // [tiles + 1]
-  const uint16_t* local;            // [candidates] index in the tile, increasing
-  const float* candidates;          // [candidates] u
-  uint32_t tau;
-  const int64_t* quota;             // [tiles]
-  const int64_t* starts;            // [tiles + 1] first entry of each tile in the packet
-  bool bitmask;                     // else 16-bit local indices
-  int value_dtype;                  // F32 | F16 | BF16
-  uint8_t* indices;                 // sections of the packet
+  SparseEntries entries;
+  bool bitmask;     // else 16-bit local indices
+  int value_dtype;  // F32 | F16 | BF16
+  uint8_t* indices; // sections of the packet
   uint8_t* values;
 };
 
 struct SparsifyFns {
-  // counts[tiles][SPARSIFY_BINS] of the digit at `level` among keys whose earlier digits are
-  // `prefix`; false when any t or u is not finite. Writes nothing else.
-  bool (*histogram)(const SparsifyArgs&, int level, uint32_t prefix, uint32_t* counts);
-  // e <- t; (local, u) of keys >= cut, of keys == cut at most quota[tile] a tile
-  void (*collect)(const SparsifyArgs&, uint32_t cut, const int64_t* quota, const int64_t* starts,
-                  uint16_t* local, float* candidates);
-  void (*emit)(const SparsifyArgs&, const EmitArgs&);
+  // counts[pieces][SPARSIFY_BINS] of the digit at `level` among keys whose earlier digits are
+  // prefix[piece]; false when any t or u is not finite. Writes nothing else.
+  bool (*histogram)(const FeedbackArgs&, const SparsePieces&, int level, const uint32_t* prefix,
+                    uint32_t* counts);
+  // e_new <- t, v_new <- s; candidates with key >= cut[piece], of key == cut at most quota[piece].
+  // SWEEP_FULL: a region is too small; then, and when a value is not finite, the new state is void.
+  int (*sweep)(const FeedbackArgs&, const SparsePieces&, const uint32_t* cut, const int64_t* quota,
+               const SparseCandidates& out);
+  // The k-th largest key among the candidates of pieces first .. last - 1, all of them >= cut;
+  // scratch: as many words as there are candidates.
+  uint32_t (*kth)(const SparsePieces&, const SparseCandidates&, int64_t first, int64_t last,
+                  uint32_t cut, int64_t k, uint32_t* scratch);
+  // Candidates of each piece with key > tau[piece], and with key == tau[piece].
+  void (*count)(const SparsePieces&, const SparseCandidates&, const uint32_t* tau, int64_t* above,
+                int64_t* ties);
+  // Copies candidates with key > tau[piece] and the first quota[piece] with key == tau[piece], in
+  // order, to at[piece] and on; a piece whose quota is negative is left out. above: as from count.
+  void (*pick)(const SparsePieces&, const SparseCandidates&, const uint32_t* tau,
+               const int64_t* quota, const int64_t* at, const int64_t* above, uint16_t* local,
+               float* u, float* t);
+  // Selects in each segment, writes its state (unless `check`); false when not finite.
+  bool (*small)(const FeedbackArgs&, const SmallArgs&);
+  int64_t (*small_scratch)(int64_t longest);  // floats a lane
+  // Writes indices and values of every tile and corrects the new state at the entries.
+  void (*emit)(const FeedbackArgs&, const EmitArgs&);
+};
+
+// ---- codecs: what the bytes of a packet mean (wire.h has the same numbers) ---------------------
+
+enum CodecId : int {
+  CODEC_DENSE = 0,
+  CODEC_SPARSE = 1,
+  CODEC_SIGN = 2,
+  CODEC_UNIFORM = 3,
+  CODEC_AFFINE = 4,
+  CODEC_NATURAL = 5,
+  CODEC_MINIFLOAT = 6,
+  CODEC_TERNARY = 7,
+  CODEC_ROTATED = 8,
+  CODEC_LOW_RANK = 9,
+  CODEC_SKETCH = 10,
+  CODEC_THC = 11
+};
+
+enum WireValue : int { WIRE_INT8 = 4, WIRE_E8M0 = 5 };  // value types of the wire beyond DType
+
+constexpr int64_t BUCKET_MAX = 65536;
+constexpr int64_t BLOCK_MAX = 4096;         // bucket of a codec whose buckets decode only as a whole
+constexpr double WIRE_LARGEST = 3.402823e38;  // no code may decode to more
+
+// ---- quantize: feedback, one code a coordinate, state update (csrc/cpu/quantize.isa.cpp) --------
+
+// How a bucket's scale is found, where a codec has a choice.
+enum Measure : int {
+  MEASURE_DEFAULT = 0,   // sign: mean magnitude; uniform, ternary: largest; affine: both ends
+  MEASURE_L2 = 1,        // sign, uniform: Euclidean norm (over sqrt(n) for sign)
+  MEASURE_TWO_MEANS = 2  // affine, 1 bit: the means of negative and of other values
+};
+
+// Settings of a codec of buckets.
+struct CodecArgs {
+  int codec;              // CodecId
+  int form, bits;         // bytes 54 and 55 of the header
+  int64_t bucket;         // coordinates of a bucket, 1 .. BUCKET_MAX; the last one may be shorter
+  int scale_dtype;        // byte 53: DType or WireValue
+  int64_t scale_stride;   // bytes of the scales of a bucket
+  int64_t code_stride;    // bytes of the codes of a whole bucket
+  int measure;            // Measure
+  bool stochastic;        // rounded with the bits of `rounding`, else half to even
+  int64_t levels;         // uniform: positive levels in use, at most 2^(bits - 1) - 1
+  double clip;            // ternary: standard deviations, 0: no clipping
+  PhiloxStream rounding;  // STREAM_ROUNDING, 16 bits a coordinate
+  PhiloxStream rotation;  // STREAM_ROTATION
+  const void* extra;      // what one codec alone needs; its header says what
+};
+
+struct QuantizeArgs {
+  FeedbackArgs feedback;
+  CodecArgs codec;
+  bool check;       // look at every value before anything of the state is written: it is in place
+  uint8_t* scales;  // sections of the packet
+  uint8_t* codes;
+  float* scratch;   // [threads][quantize_scratch floats], 64-byte aligned
+};
+
+struct QuantizeFns {
+  // False when t or u is not finite somewhere: packet and new state are then void.
+  bool (*quantize)(const QuantizeArgs&);
+  int64_t (*scratch)(const QuantizeArgs&);  // floats one thread needs, a multiple of 16
+};
+
+// ---- indices: positions within tiles in few bits (csrc/cpu/indices.isa.cpp) ----------------------
+
+enum IndexCoding : int {
+  INDEX_SEEDED = 0,   // none: the coordinates follow from seed and round
+  INDEX_BITMASK = 1,
+  INDEX_TILE16 = 2,
+  INDEX_BITPACK = 3,
+  INDEX_RICE = 4
+};
+
+constexpr int64_t INDEX_GROUP = 128;  // gaps that share a width in bitpack
+constexpr int INDEX_WIDTH_MAX = 16;
+constexpr int RICE_PARAMETER_MAX = 15;
+constexpr int64_t RICE_BYTES_MAX = SPARSE_TILE / 8;  // with parameter 0 a tile needs no more
+
+// What is wrong with the bits of a tile.
+enum IndexFaultKind : int {
+  INDEX_FINE = 0,
+  INDEX_BEYOND = 1,   // a coordinate lies behind the tile
+  INDEX_LENGTH = 2,   // the codes do not end in the tile's last byte
+  INDEX_PADDING = 3,  // a pad bit is set
+  INDEX_WIDE = 4,     // a width larger than its gaps need
+  INDEX_FAULTS = 5
+};
+struct IndexFault {
+  int64_t tile;
+  int kind;  // IndexFaultKind
+};
+
+struct IndexArgs {
+  int64_t numel;
+  int coding;             // INDEX_BITPACK | INDEX_RICE
+  const int64_t* starts;  // [tiles + 1] first entry of each tile
+  const int64_t* groups;  // [tiles + 1] first group of each tile; bitpack only
+  uint8_t* parameters;    // a width of each group, or the Rice parameter of each tile; in range
+  const int64_t* at;      // [tiles + 1] first byte of each tile in the section; not for measure
+  int threads;
+};
+
+struct IndicesFns {
+  // local: [entries] increasing within each tile. Fills parameters and the bytes of each tile.
+  void (*measure)(const IndexArgs&, const uint16_t* local, int64_t* bytes);
+  void (*encode)(const IndexArgs&, const uint16_t* local, uint8_t* section);
+  // Any bytes: reads none outside of the tiles. The first tile that is not as it must be.
+  IndexFault (*decode)(const IndexArgs&, const uint8_t* section, uint16_t* local);
+};
+
+// ---- lut_add: packets of THC codes added as integers (csrc/cpu/lut_add.isa.cpp, cpu/codes_thc.h) ---
+
+constexpr int THC_LARGEST = 255;  // of a table's values: a byte holds them
+
+// What a THC encoder needs beside CodecArgs, of which it is `extra`.
+struct ThcArgs {
+  const float* norms;     // l of every block, or one for all; the same for all clients
+  bool shared;            // one for all
+  int64_t numel;          // coordinates of the update
+  float clip;             // t: rotated values are cut at so many standard deviations
+  const uint16_t* table;  // [2^bits] increasing from 0 to at most THC_LARGEST
+};
+
+// sums[j] = sum_i table_i[code j of packet i]
+struct LutAddArgs {
+  int64_t codes;                  // of each packet: `bits` wide, packed little-endian
+  int bits;                       // 2 or 4
+  int64_t n;
+  const uint8_t* const* packets;  // [n] packed codes, any alignment
+  const uint8_t* tables;          // [n][16]
+  int lane_bytes;                 // of a sum: 1, 2 or 4, unsigned; the caller knows that they fit
+  void* sums;                     // [codes], any alignment
+  int threads;
+};
+
+// out = S Had(2 sums - top) factor in each block, as dequantize_thc for one packet
+struct LutDecodeArgs {
+  int64_t numel, block;
+  int lane_bytes;
+  const void* sums;      // codes of all blocks, the last one filled up to a power of two
+  int64_t top;           // twice the middle of a sum; top * block < 2^31
+  double total;          // weights of the sum
+  const float* norms;    // as ThcArgs
+  bool shared;
+  float clip;
+  int g;
+  PhiloxStream rotation;
+  float* out;            // [numel]
+  int threads;
+};
+
+// squares[b] = sum u u over block b, in float64
+struct BlockNormArgs {
+  FeedbackArgs feedback;
+  int64_t block;     // coordinates, at most BLOCK_MAX
+  double* squares;   // [blocks]
+  float* scratch;    // [threads][FEEDBACK_PARTS * block]
+};
+
+struct LutAddFns {
+  void (*add)(const LutAddArgs&);
+  void (*decode)(const LutDecodeArgs&);
+  bool (*norms)(const BlockNormArgs&);  // false when t or u is not finite somewhere
 };
 
 // ---- decode: packets into accumulators (csrc/cpu/decode.isa.cpp) -------------------------------
 
-struct SparseView {       // a packet that wire::parse has checked
+struct LowRankLayer;
+
+struct PacketView {  // a packet that wire::parse has checked; sections that it lacks are null
+  int codec;         // CodecId
+  int form, bits;    // bytes 54 (index coding of a sparse packet) and 55 of the header
+  int value_dtype;   // byte 53: of values, scales or factors
+  double weight;
+  int64_t numel;
+  int64_t bucket;    // tile, bucket, block or rank
+  uint64_t seed, round;
+  int64_t k;         // values it holds
+  // buckets
+  const uint8_t* scales;
+  const uint8_t* codes;
+  int64_t scale_stride, code_stride;  // bytes of a whole bucket's
+  const uint8_t* codebook;
+  const uint8_t* norm;
+  // sparse
   const uint8_t* indices;
   const uint8_t* values;
-  const int64_t* starts;  // [tiles + 1]
-  double weight;
+  const int64_t* starts;  // [tiles + 1] first entry of each tile
   bool bitmask;
-  int value_dtype;
+  // low rank
+  const uint8_t* factor_p;
+  const uint8_t* factor_q;
+  const LowRankLayer* matrices;  // [matrix_count] layers in order of their coordinates
+  int64_t matrix_count;
 };
 
 struct DecodeArgs {
   int64_t numel;
   int64_t packets;
-  const SparseView* views;  // [packets]
+  const PacketView* views;  // [packets]
   int64_t layers;
   const int64_t* starts;    // [layers + 1] first coordinate of each layer, then numel
   const int* dtype;         // [layers] F64 | F32
@@ -246,9 +495,96 @@ struct DecodeArgs {
   int threads;
 };
 
+// Floats of working memory that decoding on one thread needs.
+constexpr int64_t DECODE_WORK = 4 * BLOCK_MAX;
+
 struct DecodeFns {
   void (*add)(const DecodeArgs&);    // out += sum_p weight_p D_p, in list order
   void (*dense)(const DecodeArgs&);  // out = D_0
+  // row i of out = coordinates [begin, begin + count) of D_i, on the calling thread; stride: floats
+  // from row to row; work: [DECODE_WORK], 64-byte aligned. For kernels that work on tiles of packets.
+  void (*rows)(const PacketView* views, int64_t n, int64_t begin, int64_t count, float* out,
+               int64_t stride, float* work);
+};
+
+// ---- low_rank: power iteration on the matrices of an update (csrc/cpu/low_rank.isa.cpp) ---------
+
+constexpr int LOW_RANK_MAX = 32;
+constexpr int64_t LOW_RANK_ROWS = 64, LOW_RANK_COLUMNS = 1024;  // a tile: the unit of rounding too
+
+// One layer as a matrix of n rows and m columns, D = P Q^T; rank 0: n = 1, and D is its values.
+struct LowRankLayer {
+  int64_t start;   // first coordinate
+  int64_t n, m;
+  int64_t rank;    // at most LOW_RANK_MAX
+  int64_t p, q;    // first element among the factors: P [n][rank], Q^T [rank][m]
+  int64_t values;  // first element among the values
+};
+
+struct LowRankArgs {
+  const FeedbackArgs* feedback;
+  int64_t layers;
+  const LowRankLayer* layer;    // [layers], covering all coordinates in order
+  const int64_t* first_tile;    // [layers + 1] tiles of the layers before
+  const int64_t* first_column;  // [layers + 1] columns of tiles of the layers before
+  bool keep;                    // project and back: e <- t (0 where values are sent) in the same read
+  int value_dtype;              // of the values: F32 or BF16
+  uint8_t* values;              // or null
+};
+
+struct LowRankFns {
+  // partial[p columns + c n rank ..][n][rank] = U Q over tile column c; top[tile] = largest |t|, |h| of
+  // the tile, infinite when t or u is not finite
+  void (*project)(const LowRankArgs&, const float* q, double* partial, float* top);
+  // p [rank][n] at layer.p = their sums
+  void (*sum_columns)(const LowRankArgs&, const double* partial, double* p);
+  // partial[row of tiles][rank][m] = U^T P over a row of tiles; top as above, or null
+  void (*back)(const LowRankArgs&, const float* p, const int64_t* first, float* partial, float* top);
+  // q [rank][m] at layer.q = their sums
+  void (*sum_rows)(const LowRankArgs&, const float* partial, const int64_t* first, double* q);
+  // Gram-Schmidt on x [rank][length] of each layer, twice; a vector that depends on others becomes 0
+  void (*orthonormalise)(const LowRankArgs&, bool columns, double* x);
+  // state and values after D = P Q^T
+  void (*apply)(const LowRankArgs&, const float* p, const float* q);
+};
+
+// ---- sketch: count sketches and what they tell (csrc/cpu/sketch.isa.cpp) ------------------------
+
+constexpr int SKETCH_ROWS = 9;  // most rows; always odd
+
+// Where coordinate j goes in row i, from word j of stream (seed, 0, STREAM_SKETCH, i): bit 0 is the
+// sign (1 = minus), the other 31 bits times `columns`, over 2^31, the column.
+struct SketchHash {
+  uint64_t seed;
+  int64_t rows, columns;
+};
+
+// table[i][column] += sign * u, one after the other within a part of the coordinates; parts in order
+struct SketchArgs {
+  const FeedbackArgs* feedback;  // the update; no state
+  SketchHash hash;
+  int64_t parts;   // of about equal length, of whole blocks
+  float* table;    // [parts][rows][columns], receives the sum in the first
+};
+
+struct SketchTable {
+  SketchHash hash;
+  int64_t numel;
+  const float* cells;  // [rows][columns], any alignment
+  int threads;
+};
+
+struct SketchFns {
+  bool (*sketch)(const SketchArgs&);  // false: a value of the update is not finite
+  void (*estimate)(const SketchTable&, int64_t begin, int64_t count, float* out);
+  // counts[tiles][SPARSIFY_BINS]: digit at `level` of |estimate|'s key, as in sparsify
+  void (*histogram)(const SketchTable&, int level, uint32_t prefix, uint32_t* counts);
+  // estimates with key >= cut, of those with key == cut at most quota[tile] a tile
+  void (*collect)(const SketchTable&, uint32_t cut, const int64_t* quota, const int64_t* starts,
+                  int64_t* index, float* values);
+  // cells[hash of index[i]] += factor sign values[i], or = 0 without values; row by row, in order
+  void (*scatter)(const SketchHash&, const int64_t* index, const float* values, int64_t count,
+                  float factor, float* cells, int threads);
 };
 
 // ---- crc32c: checksum of packets (csrc/cpu/crc32c.isa.cpp) -------------------------------------
@@ -289,11 +625,13 @@ struct SelectArgs {
   int threads;
   int64_t* first_tile;        // [layers + 1] scratch of the CPU kernel
   void* scratch;              // [threads][select_scratch bytes] of the CPU kernel, 64-byte aligned
+  const PacketView* packets = nullptr;  // [n]: float32 rows that are decoded on the way; no `rows`
+  const int64_t* starts = nullptr;      //   [layers + 1] first coordinate of each layer, the total
 };
 
 struct SelectFns {
   int (*select)(const SelectArgs&);            // returns SelectFlags
-  int64_t (*scratch)(int64_t n, int64_t count);  // bytes one thread needs
+  int64_t (*scratch)(const SelectArgs&);       // bytes one thread needs
 };
 
 // ---- gram: squared norms, distances and products of rows (csrc/cpu/gram.isa.cpp, kernels/gram.cu)
@@ -332,11 +670,12 @@ struct GramArgs {
   int threads;
   int64_t* first_chunk;           // [segments + 1] scratch of the CPU kernel
   void* scratch;                  // [threads][gram_scratch bytes], 64-byte aligned
+  const PacketView* packets = nullptr;  // [n]: float32 rows that are decoded on the way; no `rows`
 };
 
 struct GramFns {
   void (*gram)(const GramArgs&);
-  int64_t (*scratch)(int64_t n, bool wide);  // bytes one thread needs
+  int64_t (*scratch)(const GramArgs&);  // bytes one thread needs
 };
 
 // ---- mask: fixed-point words, masks and sums modulo 2^b (csrc/cpu/mask.isa.cpp) ----------------
@@ -460,6 +799,36 @@ struct MomentsFns {
   bool (*affine)(const AffineArgs&);  // true when a value of out is not finite
 };
 
+// ---- vote: majority of packed signs (csrc/cpu/vote.isa.cpp) --------------------------------------
+
+enum VoteForm : int {
+  VOTE_BITS = 0,   // bit 1 = negative, ties 0; pad bits 0
+  VOTE_SIGNS = 1,  // float32 -1, 0 for a tie, +1
+  VOTE_SUM = 2,    // float32 sum_i w_i s_i
+  VOTE_FORM_COUNT = 3
+};
+
+struct VoteRow {
+  const uint8_t* bits;  // bucket after bucket, each from a byte on; bit 1 = negative
+  int64_t bucket;
+  double weight;
+};
+
+struct VoteArgs {
+  int64_t n, numel;     // n >= 1
+  const VoteRow* rows;  // [n]
+  bool weighted;        // else every row counts as one
+  int form;             // VoteForm
+  void* out;            // uint8 [(numel + 7) / 8], or float32 [numel] at any alignment
+  int threads;
+  void* scratch;        // [threads][vote_scratch bytes], 64-byte aligned
+};
+
+struct VoteFns {
+  void (*vote)(const VoteArgs&);
+  int64_t (*scratch)(int64_t n);  // bytes one thread needs
+};
+
 // ---- one row per instruction-set level (csrc/cpu/dispatch.cpp) ---------------------------------
 
 struct CpuTable {
@@ -468,12 +837,17 @@ struct CpuTable {
   const ProbeFns* probe;
   const SparsifyFns* sparsify;
   const DecodeFns* decode;
+  const QuantizeFns* quantize;
+  const IndicesFns* indices;
   const Crc32cFns* crc32c;
   const RngFns* rng;
   const MomentsFns* moments;
   const MaskFns* mask;
   const SelectFns* select;
   const GramFns* gram;
+  const LowRankFns* low_rank;
+  const VoteFns* vote;
+  const LutAddFns* lut_add;
 };
 
 const CpuTable& cpu();                        // the row chosen for this process

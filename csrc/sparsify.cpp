@@ -1,16 +1,16 @@
-// Exact top-k with feedback: order of the passes and everything that is O(k) or O(tiles).
+// Exact top-k with feedback: order of the passes and everything that is O(pieces) or O(segments).
 //
-// Entries are ordered by larger key(u) first, then smaller index; tau is the k-th key. Radix
-// selection on the 31-bit key as 11 + 11 + 9 bits:
-//   1. a histogram of the first digit per tile finds the bin that holds tau; if all keys from that
-//      bin up are at most 2 k + 4096, they are the candidates. Otherwise the next digit is counted
-//      the same way (all keys alike: three passes, then tau is exact).
-//   2. one pass writes e <- t and pushes the candidates, in index order, to a side buffer; the
-//      histograms say where each tile starts, so tiles need not wait for each other.
-//   3. the remaining digits are counted on the side buffer. Entries equal to tau are taken from the
-//      first tiles on until there are k.
-//   4. the selected entries go straight into the packet, and e, h are corrected there.
-// Nothing is written before the first histogram has found every t and u finite.
+// Entries of a segment are ordered by larger key(u) first, then smaller index; tau is the k-th key.
+// Segments that fit in cache are selected one by one. For the others:
+//   1. a cut below tau: a part of the tau of the last call; or, when there is none or too few or
+//      too many keys reach it, radix selection on the 31-bit key as 11 + 11 + 9 bits: a histogram of
+//      the first digit of each piece finds the bin that holds tau, and if more than 2 k + 4096 keys
+//      reach that bin, the next digit is counted the same way (then the last: tau is exact).
+//   2. one sweep writes the new state and lists the candidates, keys from the cut up.
+//   3. tau is found among the candidates; entries equal to it are taken from the first on.
+//   4. the entries go into the packet, and the new state is corrected there.
+// With a carried cut the sweep is the only pass over memory. It may then find a value that is not
+// finite after others were written, so it runs only when new state does not replace the old one.
 #include "sparsify.h"
 
 #include <algorithm>
@@ -23,138 +23,338 @@
 namespace flcore {
 namespace {
 
-constexpr int64_t CANDIDATE_SLACK = 4096;
+constexpr int64_t FEW = 4096;            // candidates that are always few enough
+constexpr uint32_t TOP = 0x7f7fffffu;    // key of the largest finite number
+constexpr int64_t ANY = int64_t(1) << 62;
 
-// State of the search for tau: `need` more entries lie among the keys that begin with `prefix`.
-struct Search {
-  int level = 0;            // digits known
-  uint32_t prefix = 0;      // those digits
-  int64_t need;
+using Numbers = std::vector<int64_t>;
 
-  bool exact() const { return level == SPARSIFY_LEVELS; }
-  uint32_t lowest_key() const { return level ? prefix << SPARSIFY_SHIFT[level - 1] : 0; }
-
-  // Picks the bin of the next digit that holds the need-th largest key; returns it.
-  int descend(const int64_t* totals) {
-    int bin = SPARSIFY_BINS - 1;
-    for (; totals[bin] < need; --bin) need -= totals[bin];
-    prefix = (prefix << SPARSIFY_WIDTH[level]) | uint32_t(bin);
-    ++level;
-    return bin;
-  }
-};
-
-struct Candidates {
-  int64_t count = 0;
-  std::vector<int64_t> starts, quota;  // [tiles + 1], [tiles]
-  std::unique_ptr<uint16_t[]> local;   // [count] index in the tile
-  std::unique_ptr<float[]> u;          // [count]
-};
-
-uint32_t key_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits & 0x7fffffffu;
+uint32_t scaled_key(uint32_t key, float factor) {
+  float x;
+  std::memcpy(&x, &key, 4);
+  x *= factor;
+  std::memcpy(&key, &x, 4);
+  return std::min(key & 0x7fffffffu, TOP);
 }
 
-// Shares `need` entries equal to tau among the tiles that have `ties` of them, first tiles first.
-void share_ties(std::vector<int64_t>& ties, int64_t need) {
-  for (int64_t& tie : ties) {
-    tie = std::min(tie, need);
-    need -= tie;
+// First item of each lane, then their number: at most `lanes` runs of about the same total size.
+template <class Size>
+Numbers even_lanes(int64_t count, int64_t lanes, const Size& size) {
+  Numbers first = {0};
+  double total = 0, done = 0;
+  for (int64_t i = 0; i < count; ++i) total += double(size(i));
+  for (int64_t i = 0; i < count; ++i) {
+    const bool due = done >= total * double(first.size()) / double(lanes);
+    if (due && int64_t(first.size()) < lanes && i > first.back()) first.push_back(i);
+    done += double(size(i));
   }
+  first.push_back(count);
+  return first;
 }
 
-// Step 1. Returns false when a value is not finite; else fills starts and quota of the candidates.
-bool find_candidates(const SparsifyArgs& args, int64_t k, Search& search, Candidates& found) {
-  const int64_t tiles = wire::tiles(args.numel), enough = 2 * k + CANDIDATE_SLACK;
-  const std::unique_ptr<uint32_t[]> counts(new uint32_t[size_t(tiles * SPARSIFY_BINS)]);
-  std::vector<int64_t> above(size_t(tiles), 0), within(size_t(tiles), 0);
-  do {
-    if (!cpu().sparsify->histogram(args, search.level, search.prefix, counts.get())) return false;
-    int64_t totals[SPARSIFY_BINS] = {};
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int b = 0; b < SPARSIFY_BINS; ++b) totals[b] += counts[size_t(t * SPARSIFY_BINS + b)];
-    const int bin = search.descend(totals);
-    found.count = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const uint32_t* row = &counts[size_t(t * SPARSIFY_BINS)];
-      for (int b = bin + 1; b < SPARSIFY_BINS; ++b) above[size_t(t)] += row[b];
-      within[size_t(t)] = row[bin];
-      found.count += above[size_t(t)] + row[bin];
+// Shares `need` entries among the pieces that have `ties` of them, first pieces first.
+void share_ties(int64_t* ties, int64_t pieces, int64_t need) {
+  for (int64_t p = 0; p < pieces; ++p) need -= ties[p] = std::min(ties[p], need);
+}
+
+// ---- the pieces of some segments, and the candidates in them ------------------------------------
+
+struct Range {  // of a segment in a batch
+  int64_t segment, first, last;
+};
+
+struct Batch {
+  std::vector<SparsePiece> piece;
+  std::vector<Range> ranges;
+  std::vector<uint32_t> cut;  // [pieces]
+  Numbers lane, region, from, count;
+  std::unique_ptr<uint16_t[]> local;
+  std::unique_ptr<float[]> u, t;
+  int threads;
+
+  explicit Batch(int threads) : threads(threads) {}
+
+  int64_t size() const { return int64_t(piece.size()); }
+  int64_t length(int64_t p) const { return piece[size_t(p)].end - piece[size_t(p)].begin; }
+
+  void add(int64_t segment, int64_t begin, int64_t end) {
+    const int64_t first = size();
+    for (int64_t at = begin; at < end;) {
+      const int64_t stop = std::min((at / SPARSE_TILE + 1) * SPARSE_TILE, end);
+      piece.push_back({at, stop, segment});
+      at = stop;
     }
-  } while (!search.exact() && found.count > enough);
-  if (search.exact()) share_ties(within, search.need);
-  found.starts.assign(size_t(tiles) + 1, 0);
-  for (size_t t = 0; t < size_t(tiles); ++t)
-    found.starts[t + 1] = found.starts[t] + above[t] + within[t];
-  found.count = found.starts[size_t(tiles)];
-  found.quota = std::move(within);
+    ranges.push_back({segment, first, size()});
+  }
+  void finish() {
+    lane = even_lanes(size(), threads, [&](int64_t p) { return length(p); });
+    cut.assign(piece.size(), 0);
+    from.assign(piece.size(), 0);
+    count.assign(piece.size(), 0);
+  }
+  SparsePieces pieces() const {
+    return {size(), piece.data(), int64_t(lane.size()) - 1, lane.data(), threads};
+  }
+  SparseCandidates candidates() {
+    return {region.data(), from.data(), count.data(), local.get(), u.get(), t.get()};
+  }
+  int64_t found(const Range& r) const {
+    int64_t sum = 0;
+    for (int64_t p = r.first; p < r.last; ++p) sum += count[size_t(p)];
+    return sum;
+  }
+
+  // room: candidates of each piece that the lists must hold
+  int sweep(const FeedbackArgs& x, const Numbers* quota, const Numbers& room) {
+    region.assign(1, 0);
+    for (size_t l = 0; l + 1 < lane.size(); ++l) {
+      region.push_back(region.back());
+      for (int64_t p = lane[l]; p < lane[l + 1]; ++p) region.back() += room[size_t(p)];
+    }
+    const size_t total = size_t(region.back());
+    local.reset(new uint16_t[total]);
+    u.reset(new float[total]);
+    if (x.e) t.reset(new float[total]);
+    return cpu().sparsify->sweep(x, pieces(), cut.data(), quota ? quota->data() : nullptr,
+                                 candidates());
+  }
+};
+
+// Steps 1 and 2 with cuts from the floor or the last call. False when there is none for some segment
+// or the candidates are too many: then the batch holds nothing.
+bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
+  Numbers room(b.piece.size());
+  for (const Range& r : b.ranges) {
+    const uint32_t cut =
+        s.floor ? s.floor : s.tau ? scaled_key(s.tau[r.segment], s.slack) : 0;
+    if (cut == 0) return false;
+    for (size_t l = 0; l + 1 < b.lane.size(); ++l) {
+      // a lane never needs more room than all candidates that the segment may have
+      int64_t left = 4 * s.k[r.segment] + FEW;
+      for (int64_t p = std::max(b.lane[l], r.first); p < std::min(b.lane[l + 1], r.last); ++p) {
+        b.cut[size_t(p)] = cut;
+        left -= room[size_t(p)] = std::min(b.length(p), left);
+      }
+    }
+  }
+  flags = b.sweep(x, nullptr, room);
+  return flags == 0;
+}
+
+// Steps 1 and 2 with histograms. False when a value is not finite; nothing is written then.
+bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
+  Numbers above(b.piece.size(), 0), within(b.piece.size(), 0), need(b.ranges.size());
+  std::vector<uint32_t> prefix(b.piece.size(), 0);
+  for (size_t i = 0; i < need.size(); ++i) need[i] = s.k[b.ranges[i].segment];
+  std::vector<Range> open = b.ranges;
+  std::vector<size_t> number(open.size());
+  for (size_t i = 0; i < number.size(); ++i) number[i] = i;
+  for (int level = 0; level < SPARSIFY_LEVELS && !open.empty(); ++level) {
+    std::vector<SparsePiece> piece;
+    std::vector<uint32_t> prefixes;
+    for (const Range& r : open)
+      for (int64_t p = r.first; p < r.last; ++p) {
+        piece.push_back(b.piece[size_t(p)]);
+        prefixes.push_back(prefix[size_t(p)]);
+      }
+    const std::unique_ptr<uint32_t[]> counts(new uint32_t[piece.size() * SPARSIFY_BINS]);
+    const SparsePieces pieces{int64_t(piece.size()), piece.data(), 0, nullptr, b.threads};
+    if (!cpu().sparsify->histogram(x, pieces, level, prefixes.data(), counts.get())) return false;
+    const uint32_t* row = counts.get();
+    std::vector<Range> still;
+    std::vector<size_t> still_number;
+    for (size_t i = 0; i < open.size(); ++i) {
+      const Range& r = open[i];
+      int64_t totals[SPARSIFY_BINS] = {}, &left = need[number[i]], reach = 0;
+      for (int64_t p = r.first; p < r.last; ++p)
+        for (int bin = 0; bin < SPARSIFY_BINS; ++bin)
+          totals[bin] += row[(p - r.first) * SPARSIFY_BINS + bin];
+      int bin = SPARSIFY_BINS - 1;
+      for (; totals[bin] < left; --bin) left -= totals[bin];
+      for (int64_t p = r.first; p < r.last; ++p, row += SPARSIFY_BINS) {
+        for (int c = bin + 1; c < SPARSIFY_BINS; ++c) above[size_t(p)] += row[c];
+        within[size_t(p)] = row[bin];
+        reach += above[size_t(p)] + row[bin];
+        prefix[size_t(p)] = (prefix[size_t(p)] << SPARSIFY_WIDTH[level]) | uint32_t(bin);
+        b.cut[size_t(p)] = std::max(prefix[size_t(p)] << SPARSIFY_SHIFT[level], s.floor);
+      }
+      if (reach <= 2 * s.k[r.segment] + FEW) continue;
+      if (level + 1 == SPARSIFY_LEVELS) {
+        share_ties(&within[size_t(r.first)], r.last - r.first, left);
+      } else {
+        still.push_back(r);
+        still_number.push_back(number[i]);
+      }
+    }
+    open.swap(still);
+    number.swap(still_number);
+  }
+  Numbers room(b.piece.size());
+  for (size_t p = 0; p < room.size(); ++p) room[p] = above[p] + within[p];
+  // a floor above the bin leaves fewer candidates than there is room, and no ties to share
+  b.sweep(x, s.floor ? nullptr : &within, room);
   return true;
 }
 
-// Step 3: the digits of tau that the histograms over all coordinates left open.
-void finish_search(const Candidates& found, Search& search) {
-  while (!search.exact()) {
-    const int shift = SPARSIFY_SHIFT[search.level], width = SPARSIFY_WIDTH[search.level];
-    int64_t totals[SPARSIFY_BINS] = {};
-    for (int64_t c = 0; c < found.count; ++c) {
-      const uint32_t key = key_of(found.u[size_t(c)]);
-      totals[(key >> shift) & ((1u << width) - 1u)] += key >> (shift + width) == search.prefix;
+// ---- the whole ----------------------------------------------------------------------------------
+
+class Sparsifier {
+ public:
+  Sparsifier(const FeedbackArgs& feedback, const Selection& selection)
+      : x_(feedback), s_(selection), at_(size_t(selection.segments) + 1, 0),
+        tau_(size_t(selection.segments), 0), per_tile_(size_t(wire::tiles(feedback.numel)), 0) {
+    for (int64_t s = 0; s < s_.segments; ++s) {
+      at_[size_t(s) + 1] = at_[size_t(s)] + s_.k[s];
+      const int64_t begin = s_.starts[s], end = s_.starts[s + 1];
+      if (end - begin > SPARSE_TILE) {
+        open_.push_back(s);
+      } else if (end > begin) {
+        small_.push_back({begin, end, s_.k[s], rank(s), at_[size_t(s)], 0, 0, 0});
+        small_number_.push_back(s);
+      }
     }
-    search.descend(totals);
+    const size_t total = size_t(at_.back());
+    local_.reset(new uint16_t[total]);
+    u_.reset(new float[total]);
+    if (x_.e) t_.reset(new float[total]);
   }
-}
+
+  // False: not finite.
+  bool run() {
+    const bool in_place = (x_.e && x_.e_new == x_.e) || (x_.v && x_.v_new == x_.v);
+    if (in_place && !small(true)) return false;
+    if (!in_place && !open_.empty()) {
+      Batch b = batch();
+      int flags = 0;
+      if (guess(x_, s_, b, flags)) take(b);
+      if (flags & SWEEP_NONFINITE) return false;
+    }
+    if (!open_.empty()) {
+      Batch b = batch();
+      if (!search(x_, s_, b)) return false;
+      take(b);
+    }
+    return small(false);
+  }
+
+  SparseEntries entries() {
+    starts_.assign(per_tile_.size() + 1, 0);
+    for (size_t t = 0; t < per_tile_.size(); ++t) starts_[t + 1] = starts_[t] + per_tile_[t];
+    return {starts_.data(), local_.get(), u_.get(), t_.get()};
+  }
+  const std::vector<uint32_t>& tau() const { return tau_; }
+
+ private:
+  const FeedbackArgs& x_;
+  const Selection& s_;
+  Numbers at_;  // [segments + 1] first entry of each segment
+  std::vector<uint32_t> tau_;
+  Numbers per_tile_, starts_;
+  Numbers open_;  // larger segments that are not selected yet
+  std::vector<SmallSegment> small_;
+  Numbers small_number_;
+  std::unique_ptr<uint16_t[]> local_;
+  std::unique_ptr<float[]> u_, t_;
+
+  int64_t rank(int64_t s) const { return s_.rank ? s_.rank : s_.k[s]; }
+
+  Batch batch() const {
+    Batch b(x_.threads);
+    for (int64_t s : open_) b.add(s, s_.starts[s], s_.starts[s + 1]);
+    b.finish();
+    return b;
+  }
+
+  // Steps 3 and 4 up to the packet, for the segments that have enough candidates; the others stay open.
+  void take(Batch& b) {
+    const auto& kernels = *cpu().sparsify;
+    const SparsePieces pieces = b.pieces();
+    const SparseCandidates candidates = b.candidates();
+    const std::unique_ptr<uint32_t[]> scratch(new uint32_t[size_t(b.region.back()) + 1]);
+    std::vector<uint32_t> tau(b.piece.size(), TOP);
+    Numbers above(b.piece.size()), ties(b.piece.size()), at(b.piece.size() + 1, 0), still;
+    std::vector<Range> taken;
+    for (const Range& r : b.ranges) {
+      const int64_t s = r.segment, k = s_.k[s], found = b.found(r);
+      if (found < k && !s_.floor) {
+        still.push_back(s);
+        continue;
+      }
+      const uint32_t cut = b.cut[size_t(r.first)];
+      const auto kth = [&](int64_t n) {
+        return kernels.kth(pieces, candidates, r.first, r.last, cut, n, scratch.get());
+      };
+      uint32_t last = found >= k ? kth(k) : cut - 1;
+      if (found >= rank(s)) tau_[size_t(s)] = rank(s) == k ? last : kth(rank(s));
+      for (int64_t p = r.first; p < r.last; ++p) tau[size_t(p)] = last;
+      taken.push_back(r);
+    }
+    kernels.count(pieces, candidates, tau.data(), above.data(), ties.data());
+    Numbers quota(b.piece.size(), -1);
+    for (const Range& r : taken) {
+      int64_t need = s_.k[r.segment], next = at_[size_t(r.segment)];
+      for (int64_t p = r.first; p < r.last; ++p) need -= above[size_t(p)];
+      share_ties(&ties[size_t(r.first)], r.last - r.first, need);
+      for (int64_t p = r.first; p < r.last; ++p) {
+        quota[size_t(p)] = ties[size_t(p)];
+        const int64_t count = above[size_t(p)] + ties[size_t(p)];
+        at[size_t(p)] = next;
+        per_tile_[size_t(b.piece[size_t(p)].begin / SPARSE_TILE)] += count;
+        next += count;
+      }
+    }
+    kernels.pick(pieces, candidates, tau.data(), quota.data(), at.data(), above.data(),
+                 local_.get(), u_.get(), t_.get());
+    open_.swap(still);
+  }
+
+  bool small(bool check) {
+    if (small_.empty()) return true;
+    const auto length = [&](int64_t i) { return small_[size_t(i)].end - small_[size_t(i)].begin; };
+    const int64_t count = int64_t(small_.size());
+    const Numbers lane = even_lanes(count, x_.threads, length);
+    int64_t longest = 0;
+    for (int64_t i = 0; i < count; ++i) longest = std::max(longest, length(i));
+    const int64_t lanes = int64_t(lane.size()) - 1;
+    const std::unique_ptr<float[]> scratch(
+        new float[size_t(lanes * cpu().sparsify->small_scratch(longest))]);
+    const SmallArgs args{count,        small_.data(), lanes,     lane.data(),   s_.floor, check,
+                         local_.get(), u_.get(),      t_.get(),  scratch.get(), longest,  x_.threads};
+    if (!cpu().sparsify->small(x_, args)) return false;
+    for (size_t i = 0; !check && i < small_.size(); ++i) {
+      const SmallSegment& s = small_[i];
+      const size_t tile = size_t(s.begin / SPARSE_TILE);
+      per_tile_[tile] += s.low;
+      if (s.found > s.low) per_tile_[tile + 1] += s.found - s.low;
+      tau_[size_t(small_number_[i])] = s.tau;
+    }
+    return true;
+  }
+};
 
 }  // namespace
 
-bool sparsify(const SparsifyArgs& args, const SparsifyPacket& packet) {
-  const wire::Header& header = packet.header;
-  const wire::Layout layout =
-      wire::plan(args.numel, packet.k, header.index, header.value_dtype, packet.tensor_count);
-  FLCORE_CHECK(packet.k <= args.numel && packet.k >= (args.numel > 0), "k: expected 1 to ",
-               args.numel, ", got ", packet.k);
-  FLCORE_CHECK(packet.out_bytes == layout.total_bytes, "out: expected ", layout.total_bytes,
-               " bytes, got ", packet.out_bytes);
-  const int64_t tiles = wire::tiles(args.numel);
-  Search search;
-  search.need = packet.k;
-  Candidates found;
-  std::vector<int64_t> starts(size_t(tiles) + 1, 0);
-  if (tiles > 0) {
-    if (!find_candidates(args, packet.k, search, found)) return false;
-    found.local.reset(new uint16_t[size_t(found.count)]);
-    found.u.reset(new float[size_t(found.count)]);
-    cpu().sparsify->collect(args, search.lowest_key(), found.quota.data(), found.starts.data(),
-                            found.local.get(), found.u.get());
-    finish_search(found, search);
-    const uint32_t tau = search.lowest_key();
-    std::vector<int64_t> above(size_t(tiles), 0), ties(size_t(tiles), 0);
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int64_t c = found.starts[size_t(t)]; c < found.starts[size_t(t) + 1]; ++c) {
-        const uint32_t key = key_of(found.u[size_t(c)]);
-        above[size_t(t)] += key > tau;
-        ties[size_t(t)] += key == tau;
-      }
-    share_ties(ties, search.need);
-    for (size_t t = 0; t < size_t(tiles); ++t) starts[t + 1] = starts[t] + above[t] + ties[t];
-
-    EmitArgs emit;
-    emit.candidate_starts = found.starts.data();
-    emit.local = found.local.get();
-    emit.candidates = found.u.get();
-    emit.tau = tau;
-    emit.quota = ties.data();
-    emit.starts = starts.data();
-    emit.bitmask = header.index == wire::BITMASK;
-    emit.value_dtype = header.value_dtype;
-    emit.indices = packet.out + layout.indices_at;
-    emit.values = packet.out + layout.values_at;
-    cpu().sparsify->emit(args, emit);
+int64_t sparsify(const FeedbackArgs& feedback, const Selection& selection,
+                 const SparsePacket& packet) {
+  FLCORE_CHECK(selection.segments >= 0 && selection.starts[0] == 0 &&
+                   selection.starts[selection.segments] == feedback.numel,
+               "segments: expected them to cover ", feedback.numel, " coordinates");
+  for (int64_t s = 0; s < selection.segments; ++s) {
+    const int64_t length = selection.starts[s + 1] - selection.starts[s], k = selection.k[s];
+    FLCORE_CHECK(length >= 0 && k <= length && k >= (length > 0), "k[", s, "]: expected ",
+                 int(length > 0), " to ", length, ", got ", k);
   }
-  wire::write_frame(layout, starts.data(), packet.tensors, header, packet.out);
-  wire::seal(packet.out, size_t(packet.out_bytes));
-  return true;
+  FLCORE_CHECK(selection.segments <= 1 || !(selection.floor || selection.rank),
+               "floor and rank: expected one segment, got ", selection.segments);
+  FLCORE_CHECK(selection.rank >= 0 && (!selection.rank || selection.rank <= selection.k[0]),
+               "rank: expected at most k, got ", selection.rank);
+  FLCORE_CHECK(selection.floor <= TOP, "floor: not a finite number");
+  Sparsifier sparsifier(feedback, selection);
+  if (!sparsifier.run()) return -1;
+  const int64_t bytes = sparse_emit(feedback, sparsifier.entries(), packet);
+  if (selection.tau)
+    std::copy(sparsifier.tau().begin(), sparsifier.tau().end(), selection.tau);
+  return bytes;
 }
 
 }  // namespace flcore

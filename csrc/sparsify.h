@@ -4,22 +4,28 @@
 #include <cstdint>
 
 #include "api.h"
-#include "wire.h"
+#include "sparse_emit.h"
 
 namespace flcore {
 
-// What goes on the wire. header: flags, round, seed, epoch and the three dtype and index codes.
-struct SparsifyPacket {
-  int64_t k;                    // 1 <= k <= numel, or 0 when numel is 0
-  wire::Header header;
-  const uint8_t* tensors;       // tensor_count rows of 64 bytes, or null
-  int64_t tensor_count;
-  uint8_t* out;                 // [out_bytes]
-  int64_t out_bytes;            // what wire::plan says
+// Which entries are kept: of each segment the k of largest key, smaller index first among equals,
+// as far as their keys reach `floor`.
+struct Selection {
+  int64_t segments;
+  const int64_t* starts;  // [segments + 1] first coordinate of each segment, then numel
+  const int64_t* k;       // [segments] 1 <= k <= coordinates of the segment, 0 for an empty one
+  uint32_t floor;         // 0: none; only for a single segment
+  int64_t rank;           // entry whose key `tau` receives, at most k; 0: the k-th, or many segments
+  float slack;            // part of a carried tau that candidates must reach
+  // [segments] or null: keys of the last call's k-th entries (0: not known), for a guess that saves
+  // a pass; receives those of this call, 0 where the rank-th key does not reach the floor.
+  uint32_t* tau;
 };
 
-// Writes the packet and updates the state. Returns false, with nothing written, when t or u is not
-// finite anywhere.
-bool sparsify(const SparsifyArgs& args, const SparsifyPacket& packet);
+// Writes the packet and the new state; returns the bytes of the packet. Returns -1, with packet and
+// state untouched, when t or u is not finite anywhere; only new state that goes elsewhere than the
+// old one may then hold anything.
+int64_t sparsify(const FeedbackArgs& feedback, const Selection& selection,
+                 const SparsePacket& packet);
 
 }  // namespace flcore

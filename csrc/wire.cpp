@@ -1,46 +1,44 @@
-// Reader and writer of packet version 1. Fields are read and written one by one in little-endian
-// order, so neither the host's byte order nor struct padding can reach the wire.
+// Reader and writer of the frame of packet version 1. Fields are read and written one by one in
+// little-endian order, so neither the host's byte order nor struct padding can reach the wire.
 #include "wire.h"
 
 #include <cstring>
+#include <string>
 
 #include "api.h"
 #include "check.h"
+#include "wire_rules.h"
 
 namespace flcore {
 namespace wire {
 namespace {
 
-#define NEED(condition, ...)                                                         \
-  do {                                                                               \
-    if (!(condition)) throw PacketError(::flcore::text("packet: ", __VA_ARGS__));    \
-  } while (0)
+#define NEED FLCORE_NEED
 
 constexpr uint32_t KNOWN_FLAGS = CHECKSUM | NONFINITE | RESYNC | INCREMENT;
 
-template <class T>
-T get(const uint8_t* p) {
-  T v = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  std::memcpy(&v, p, sizeof(T));  // what the loop says, in a form that loops over it vectorise
-#else
-  for (size_t i = 0; i < sizeof(T); ++i) v = T(v | T(T(p[i]) << (8 * i)));
-#endif
-  return v;
+const Rules* rules_of(int codec) {
+  if (codec == CODEC_SPARSE) return &SPARSE_RULES;
+  if (codec == CODEC_LOW_RANK) return &LOW_RANK_RULES;
+  if (codec == CODEC_SKETCH) return &SKETCH_RULES;
+  if (codec == CODEC_THC) return &THC_RULES;
+  if (codec < 0 || codec >= CODEC_COUNT || !BUCKET_RULES[codec].name) return nullptr;
+  return &BUCKET_RULES[codec];
 }
 
-template <class T>
-void put(uint8_t* p, T v) {
-  for (size_t i = 0; i < sizeof(T); ++i) p[i] = uint8_t(v >> (8 * i));
+std::string codec_name(int codec) {
+  return text("codec ", codec, " (", rules_of(codec)->name, ")");
+}
+
+std::string known_codecs() {
+  std::string known;
+  for (int c = 0; c < CODEC_COUNT; ++c)
+    if (const Rules* rules = rules_of(c))
+      known += text(known.empty() ? "" : ", ", c, " (", rules->name, ")");
+  return known;
 }
 
 int64_t align_up(int64_t offset) { return (offset + ALIGN - 1) / ALIGN * ALIGN; }
-
-bool all_zero(const uint8_t* p, int64_t bytes) {
-  uint8_t any = 0;
-  for (int64_t i = 0; i < bytes; ++i) any |= p[i];
-  return any == 0;
-}
 
 uint32_t checksum(const uint8_t* data, size_t size) {  // of the packet with its CRC field as zero
   const uint8_t zero[4] = {0, 0, 0, 0};
@@ -48,38 +46,18 @@ uint32_t checksum(const uint8_t* data, size_t size) {  // of the packet with its
   return crc(crc(crc(0, data, 60), zero, 4), data + HEADER_BYTES, int64_t(size) - HEADER_BYTES);
 }
 
-struct Section {
-  bool present = false;
-  int64_t offset = 0, length = 0;
-};
-
-struct Sections {
-  Section counts, indices, values, tensors;
-  Section* of(uint16_t type) {
-    return type == COUNTS    ? &counts
-           : type == INDICES ? &indices
-           : type == VALUES  ? &values
-           : type == TENSORS ? &tensors
-                             : nullptr;
-  }
-};
-
-int64_t element_bytes(uint16_t type, const Header& h) {
-  return type == COUNTS    ? 4
-         : type == INDICES ? (h.index == TILE16 ? 2 : 1)
-         : type == VALUES  ? dtype_bytes(h.value_dtype)
-                           : TENSOR_BYTES;
-}
-
 // All sections lie inside the buffer, aligned, one after another, with zero padding between them.
-Sections read_table(const uint8_t* data, int64_t size, const Header& h) {
+Frame read_table(const uint8_t* data, int64_t size, const Header& h) {
   NEED(size >= HEADER_BYTES + TABLE_BYTES, "no room for a section table in ", size, " bytes");
   const int64_t count = get<uint32_t>(data + HEADER_BYTES);
   NEED(get<uint32_t>(data + HEADER_BYTES + 4) == 0,
        "the reserved word of the section table is not zero");
   const int64_t room = (size - HEADER_BYTES - TABLE_BYTES) / ENTRY_BYTES;
   NEED(count <= room, "claims ", count, " sections, there is room for ", room);
-  Sections found;
+  const Rules& rules = *rules_of(h.codec);
+  Frame found;
+  found.header = h;
+  found.total_bytes = size;
   int64_t end = HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * count;
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* entry = data + HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * i;
@@ -93,119 +71,27 @@ Sections read_table(const uint8_t* data, int64_t size, const Header& h) {
          ") of ", length, " bytes at ", offset, " leaves the packet of ", size);
     NEED(all_zero(data + end, start - end), "the padding before section ", i, " is not zero");
     if (type < PRIVATE) {
-      Section* section = found.of(type);
-      NEED(section, "section type ", type, " is unknown for codec 1 (sparse)");
-      NEED(!section->present, "section type ", type, " appears twice");
+      const int64_t want = type == TENSORS ? TENSOR_BYTES : rules.element(type, h);
+      NEED(want, "section type ", type, " is unknown for ", codec_name(h.codec));
+      NEED(!found.find(type), "section type ", type, " appears twice");  // so there are few
       NEED(flags == 0, "section ", i, " (type ", type, "): unknown flags ", flags);
-      NEED(element == element_bytes(type, h), "section ", i, " (type ", type,
-           "): expected elements of ", element_bytes(type, h), " bytes, got ", element);
-      *section = {true, start, int64_t(length)};
+      NEED(element == want, "section ", i, " (type ", type, "): expected elements of ", want,
+           " bytes, got ", element);
+      found.sections.push_back({type, element, start, int64_t(length)});
     }
     end = start + int64_t(length);
   }
   NEED(end == size, "the sections end at byte ", end, ", the packet at ", size);
+  for (const Section& s : found.sections)
+    NEED(s.length % s.element == 0, "section type ", s.type, ": ", s.length,
+         " bytes are no multiple of ", s.element);
   return found;
 }
 
-// Section lengths equal what numel, k and the value width ask for; nothing else is trusted.
-Layout check_lengths(const Sections& s, const Header& h, int64_t size, const Limits& limits) {
-  NEED(s.counts.present, "section type 3 (tile counts) is missing");
-  NEED(s.indices.present, "section type 4 (indices) is missing");
-  NEED(s.values.present, "section type 5 (values) is missing");
-  Layout layout;
-  layout.numel = int64_t(h.numel);
-  layout.value_bytes = dtype_bytes(h.value_dtype);
-  NEED(s.values.length % layout.value_bytes == 0, "values of ", s.values.length,
-       " bytes are no multiple of ", layout.value_bytes);
-  layout.k = s.values.length / layout.value_bytes;
-  NEED(layout.k <= layout.numel, "holds ", layout.k, " values for ", h.numel, " coordinates");
-  layout.indices_bytes = h.index == TILE16 ? 2 * layout.k : (layout.numel + 7) / 8;
-  const int64_t counts_bytes = 4 * tiles(layout.numel);
-  NEED(s.counts.length == counts_bytes, "section type 3: expected ", counts_bytes, " bytes for ",
-       layout.k, " of ", h.numel, " coordinates, got ", s.counts.length);
-  NEED(s.indices.length == layout.indices_bytes, "section type 4: expected ",
-       layout.indices_bytes, " bytes for ", layout.k, " of ", h.numel, " coordinates, got ",
-       s.indices.length);
-  NEED(s.tensors.length % TENSOR_BYTES == 0, "a tensor table of ", s.tensors.length,
-       " bytes is no multiple of 64");
-  layout.tensor_count = s.tensors.length / TENSOR_BYTES;
-  NEED(uint64_t(layout.tensor_count) <= limits.max_tensors, layout.tensor_count,
-       " tensors, the receiver's limit max_tensors is ", limits.max_tensors);
-  const int64_t allowed = 8 * layout.numel + SLACK_BYTES + s.tensors.length;
-  NEED(size - HEADER_BYTES <= allowed, "a payload of ", size - HEADER_BYTES, " bytes for ",
-       h.numel, " coordinates, at most ", allowed);
-  layout.counts_at = s.counts.offset;
-  layout.indices_at = s.indices.offset;
-  layout.values_at = s.values.offset;
-  layout.tensors_at = s.tensors.offset;
-  layout.total_bytes = size;
-  return layout;
-}
-
-std::vector<int64_t> check_counts(const uint8_t* counts, const Layout& layout) {
-  const int64_t n = tiles(layout.numel);
-  std::vector<int64_t> starts(size_t(n) + 1);
-  int64_t sum = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    const int64_t count = get<uint32_t>(counts + 4 * t), left = layout.numel - t * TILE;
-    NEED(count <= (left < TILE ? left : TILE),
-         "a tile count exceeds the coordinates of its tile (", count, " in tile ", t, ")");
-    starts[size_t(t)] = sum;
-    sum += count;
-  }
-  starts[size_t(n)] = sum;
-  NEED(sum == layout.k, "the tile counts sum to ", sum, ", there are ", layout.k, " values");
-  return starts;
-}
-
-void check_tile16(const uint8_t* local, const Layout& layout, const std::vector<int64_t>& starts) {
-  for (size_t t = 0; t + 1 < starts.size(); ++t) {
-    int32_t gaps = 0;  // negative when any gap is: an "or" of differences, so that it vectorises
-    for (int64_t j = starts[t] + 1; j < starts[t + 1]; ++j)
-      gaps |= int32_t(get<uint16_t>(local + 2 * j)) - int32_t(get<uint16_t>(local + 2 * j - 2)) - 1;
-    NEED(gaps >= 0, "the indices of tile ", t, " do not increase");
-  }
-  // the last tile may be short; its indices increase, so the last one bounds them
-  if (layout.k > 0 && starts[starts.size() - 2] < layout.k) {
-    const int64_t last = int64_t(starts.size() - 2) * TILE + get<uint16_t>(local + 2 * layout.k - 2);
-    NEED(last < layout.numel, "index ", last, " is not below ", layout.numel);
-  }
-}
-
-void check_bitmask(const uint8_t* mask, const Layout& layout, const std::vector<int64_t>& starts) {
-  const int pad = int(8 * layout.indices_bytes - layout.numel);
-  NEED(pad == 0 || mask[layout.indices_bytes - 1] >> (8 - pad) == 0,
-       "a pad bit of the bitmask is set");
-  for (size_t t = 0; t + 1 < starts.size(); ++t) {
-    const int64_t begin = int64_t(t) * (TILE / 8);
-    const int64_t end = begin + TILE / 8 < layout.indices_bytes ? begin + TILE / 8
-                                                                : layout.indices_bytes;
-    int64_t bits = 0, i = begin;
-    for (; i + 8 <= end; i += 8) {
-      uint64_t word;
-      std::memcpy(&word, mask + i, 8);
-      bits += __builtin_popcountll(word);
-    }
-    for (; i < end; ++i) bits += __builtin_popcount(mask[i]);
-    NEED(bits == starts[t + 1] - starts[t], "the bitmask does not match the tile counts (tile ", t,
-         ")");
-  }
-}
-
-// largest: bits of the largest finite value
-template <class T>
-bool values_finite(const uint8_t* values, int64_t k, int32_t largest) {
-  const T magnitude = T(T(-1) >> 1);
-  int32_t room = 0;  // negative when any value is NaN or infinite
-  for (int64_t j = 0; j < k; ++j)
-    room |= largest - int32_t(get<T>(values + int64_t(sizeof(T)) * j) & magnitude);
-  return room >= 0;
-}
-
 // Consecutive tensors that cover all coordinates.
-void check_tensors(const uint8_t* table, const Layout& layout) {
+void check_tensors(const uint8_t* table, int64_t tensors, int64_t numel) {
   int64_t end = 0;
-  for (int64_t i = 0; i < layout.tensor_count; ++i) {
+  for (int64_t i = 0; i < tensors; ++i) {
     const uint8_t* row = table + TENSOR_BYTES * i;
     const uint64_t offset = get<uint64_t>(row + 8), count = get<uint64_t>(row + 16);
     const int ndim = row[24];
@@ -224,12 +110,11 @@ void check_tensors(const uint8_t* table, const Layout& layout) {
     NEED((empty || !overflow) && product == count, "tensor ", i, ": its dimensions do not hold ",
          count, " values");
     NEED(offset == uint64_t(end), "tensor ", i, ": expected offset ", end, ", got ", offset);
-    NEED(count <= uint64_t(layout.numel - end), "tensor ", i, " ends beyond coordinate ",
-         layout.numel);
+    NEED(count <= uint64_t(numel - end), "tensor ", i, " ends beyond coordinate ", numel);
     end += int64_t(count);
   }
-  NEED(layout.tensor_count == 0 || end == layout.numel, "the tensor table covers ", end, " of ",
-       layout.numel, " coordinates");
+  NEED(tensors == 0 || end == numel, "the tensor table covers ", end, " of ", numel,
+       " coordinates");
 }
 
 }  // namespace
@@ -243,9 +128,10 @@ Header read_header(const uint8_t* data, size_t size, const Limits& limits) {
   const int header_bytes = get<uint16_t>(data + 6);
   NEED(header_bytes == HEADER_BYTES, "expected a header of 64 bytes, got ", header_bytes);
   const int codec = get<uint16_t>(data + 8), revision = get<uint16_t>(data + 10);
-  NEED(codec == SPARSE, "codec: expected 1 (sparse), got ", codec);
-  NEED(revision == 0, "expected revision 0 of codec 1 (sparse), got ", revision);
+  NEED(rules_of(codec), "codec: expected ", known_codecs(), ", got ", codec);
+  NEED(revision == 0, "expected revision 0 of ", codec_name(codec), ", got ", revision);
   Header h;
+  h.codec = uint16_t(codec);
   h.flags = get<uint32_t>(data + 12);
   h.numel = get<uint64_t>(data + 16);
   h.payload_bytes = get<uint64_t>(data + 24);
@@ -255,20 +141,17 @@ Header read_header(const uint8_t* data, size_t size, const Limits& limits) {
   h.source_dtype = data[52];
   h.value_dtype = data[53];
   h.index = data[54];
+  h.bits = data[55];
+  h.tile = get<uint32_t>(data + 56);
   h.crc = get<uint32_t>(data + 60);
-  NEED((h.flags & ~KNOWN_FLAGS) == 0, "flags ", h.flags,
-       " hold bits unknown for codec 1 (sparse)");
+  NEED((h.flags & ~KNOWN_FLAGS) == 0, "flags ", h.flags, " hold bits unknown for ",
+       codec_name(codec));
   NEED((h.flags & CHECKSUM) || h.crc == 0, "the checksum field is set but its flag is not");
-  NEED(h.value_dtype == F32 || h.value_dtype == F16 || h.value_dtype == BF16,
-       "value dtype: expected 1 (float32), 2 (float16), 3 (bfloat16), got ", int(h.value_dtype));
+  NEED(h.value_dtype > F64 && h.value_dtype <= WIRE_E8M0, "value dtype: expected ",
+       "1 (float32), 2 (float16), 3 (bfloat16), 4 (int8), 5 (e8m0), got ", int(h.value_dtype));
   NEED(h.source_dtype < DTYPE_COUNT, "source dtype: expected 0 (float64), 1 (float32), ",
        "2 (float16), 3 (bfloat16), got ", int(h.source_dtype));
-  NEED(h.index == BITMASK || h.index == TILE16,
-       "index coding: expected 1 (bitmask), 2 (tile16), got ", int(h.index));
-  const int64_t bits = 8 * dtype_bytes(h.value_dtype);
-  NEED(data[55] == bits, "expected ", bits, " bits a value, got ", int(data[55]));
-  const uint32_t tile = get<uint32_t>(data + 56);
-  NEED(tile == TILE, "expected tiles of 65536 coordinates, got ", tile);
+  rules_of(codec)->header(h);
   NEED(h.numel <= limits.max_numel && h.numel <= HARD_MAX_NUMEL, "claims ", h.numel,
        " coordinates, the receiver's limit max_numel is ", limits.max_numel);
   NEED(h.payload_bytes <= limits.max_payload_bytes && h.payload_bytes <= HARD_MAX_PAYLOAD,
@@ -284,56 +167,80 @@ Packet parse(const uint8_t* data, size_t size, const Limits& limits) {
   const Header& h = packet.header;
   NEED(uint64_t(size) - uint64_t(HEADER_BYTES) == h.payload_bytes, "the header says ",
        h.payload_bytes + uint64_t(HEADER_BYTES), " bytes, the buffer holds ", size);
-  const Sections sections = read_table(data, int64_t(size), h);
-  packet.layout = check_lengths(sections, h, int64_t(size), limits);
-  const Layout& layout = packet.layout;
+  packet.frame = read_table(data, int64_t(size), h);
+  const Rules& rules = *rules_of(h.codec);
+  const int64_t table = packet.frame.length(TENSORS), tensors = table / TENSOR_BYTES;
+  NEED(uint64_t(tensors) <= limits.max_tensors, tensors,
+       " tensors, the receiver's limit max_tensors is ", limits.max_tensors);
+  const int64_t payload = int64_t(size) - HEADER_BYTES;
+  const int64_t allowed = 8 * int64_t(h.numel) + SLACK_BYTES + table;
+  NEED(payload <= allowed, "a payload of ", payload, " bytes for ", h.numel,
+       " coordinates, at most ", allowed);
+  rules.lengths(packet);
   if (h.flags & CHECKSUM)
     NEED(checksum(data, size) == h.crc, "the checksum of the bytes differs from the header's");
-  packet.starts = check_counts(data + layout.counts_at, layout);
-  if (h.index == TILE16)
-    check_tile16(data + layout.indices_at, layout, packet.starts);
-  else
-    check_bitmask(data + layout.indices_at, layout, packet.starts);
-  const uint8_t* values = data + layout.values_at;
-  NEED(h.value_dtype == F32   ? values_finite<uint32_t>(values, layout.k, 0x7f7fffff)
-       : h.value_dtype == F16 ? values_finite<uint16_t>(values, layout.k, 0x7bff)
-                              : values_finite<uint16_t>(values, layout.k, 0x7f7f),
-       "a value is not finite");
-  check_tensors(data + layout.tensors_at, layout);
+  check_tensors(packet.section(TENSORS), tensors, int64_t(h.numel));
+  rules.contents(packet);
   return packet;
+}
+
+PacketView Packet::view(double weight) const {
+  const auto at = [&](uint16_t type) { return frame.find(type) ? section(type) : nullptr; };
+  PacketView v = {};
+  v.codec = header.codec;
+  v.form = header.index;
+  v.bits = header.bits;
+  v.value_dtype = header.value_dtype;
+  v.weight = weight;
+  v.numel = int64_t(header.numel);
+  v.bucket = header.tile;
+  v.seed = header.seed;
+  v.round = header.round;
+  v.k = k;
+  v.scales = at(SCALES);
+  v.codes = at(CODES);
+  v.scale_stride = scales_per_bucket(header.codec) * value_bytes(header.value_dtype);
+  v.code_stride = bucket_code_bytes(header, header.tile);
+  v.codebook = at(CODEBOOK);
+  v.norm = at(NORM);
+  v.indices = at(INDICES);
+  v.values = at(VALUES);
+  v.starts = starts.data();
+  v.bitmask = header.codec == CODEC_SPARSE && header.index == BITMASK;
+  v.factor_p = at(FACTOR_P);
+  v.factor_q = at(FACTOR_Q);
+  v.matrices = matrices.data();
+  v.matrix_count = int64_t(matrices.size());
+  return v;
 }
 
 // ---- writing ----------------------------------------------------------------------------------
 
-Layout plan(int64_t numel, int64_t k, int index, int value_dtype, int64_t tensor_count) {
-  Layout layout;
-  layout.numel = numel;
-  layout.k = k;
-  layout.value_bytes = dtype_bytes(value_dtype);
-  layout.tensor_count = tensor_count;
-  layout.indices_bytes = index == TILE16 ? 2 * k : (numel + 7) / 8;
-  const int sections = tensor_count ? 4 : 3;
-  layout.counts_at = align_up(HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * sections);
-  layout.indices_at = align_up(layout.counts_at + 4 * tiles(numel));
-  layout.values_at = align_up(layout.indices_at + layout.indices_bytes);
-  layout.total_bytes = layout.values_at + layout.value_bytes * k;
-  if (tensor_count) {
-    layout.tensors_at = align_up(layout.total_bytes);
-    layout.total_bytes = layout.tensors_at + TENSOR_BYTES * tensor_count;
+Frame plan(const Header& header, std::vector<Section> sections, int64_t tensor_count) {
+  Frame frame;
+  if (tensor_count)
+    sections.push_back({TENSORS, uint32_t(TENSOR_BYTES), 0, TENSOR_BYTES * tensor_count});
+  int64_t end = HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * int64_t(sections.size());
+  for (Section& section : sections) {
+    section.offset = align_up(end);
+    end = section.offset + section.length;
   }
-  return layout;
+  frame.header = header;
+  frame.header.payload_bytes = uint64_t(end - HEADER_BYTES);
+  frame.sections = std::move(sections);
+  frame.total_bytes = end;
+  return frame;
 }
 
-void write_frame(const Layout& layout, const int64_t* starts, const uint8_t* tensors, Header h,
-                 uint8_t* data) {
-  h.payload_bytes = uint64_t(layout.total_bytes - HEADER_BYTES);
+void write_frame(const Frame& frame, const uint8_t* tensors, uint8_t* data) {
+  const Header& h = frame.header;
   std::memset(data, 0, size_t(HEADER_BYTES));
   std::memcpy(data, "FLCU", 4);
   data[4] = 1;
   put<uint16_t>(data + 6, uint16_t(HEADER_BYTES));
-  put<uint16_t>(data + 8, SPARSE);
+  put<uint16_t>(data + 8, h.codec);
   put<uint32_t>(data + 12, h.flags | CHECKSUM);
-  put<uint64_t>(data + 16, uint64_t(layout.numel));
+  put<uint64_t>(data + 16, h.numel);
   put<uint64_t>(data + 24, h.payload_bytes);
   put<uint64_t>(data + 32, h.round);
   put<uint64_t>(data + 40, h.seed);
@@ -341,36 +248,25 @@ void write_frame(const Layout& layout, const int64_t* starts, const uint8_t* ten
   data[52] = h.source_dtype;
   data[53] = h.value_dtype;
   data[54] = h.index;
-  data[55] = uint8_t(8 * layout.value_bytes);
-  put<uint32_t>(data + 56, uint32_t(TILE));
-
-  const struct {
-    uint16_t type;
-    int64_t offset, length;
-  } sections[4] = {{COUNTS, layout.counts_at, 4 * tiles(layout.numel)},
-                   {INDICES, layout.indices_at, layout.indices_bytes},
-                   {VALUES, layout.values_at, layout.value_bytes * layout.k},
-                   {TENSORS, layout.tensors_at, TENSOR_BYTES * layout.tensor_count}};
-  const uint32_t count = layout.tensor_count ? 4 : 3;
+  data[55] = h.bits;
+  put<uint32_t>(data + 56, h.tile);
   uint8_t* entry = data + HEADER_BYTES;
-  put<uint32_t>(entry, count);
+  put<uint32_t>(entry, uint32_t(frame.sections.size()));
   put<uint32_t>(entry + 4, 0);
   entry += TABLE_BYTES;
-  int64_t end = HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * int64_t(count);
-  for (uint32_t i = 0; i < count; ++i, entry += ENTRY_BYTES) {
-    const auto& section = sections[i];
+  int64_t end = HEADER_BYTES + TABLE_BYTES + ENTRY_BYTES * int64_t(frame.sections.size());
+  for (const Section& section : frame.sections) {
     put<uint16_t>(entry, section.type);
     put<uint16_t>(entry + 2, 0);
-    put<uint32_t>(entry + 4, uint32_t(element_bytes(section.type, h)));
+    put<uint32_t>(entry + 4, section.element);
     put<uint64_t>(entry + 8, uint64_t(section.offset));
     put<uint64_t>(entry + 16, uint64_t(section.length));
+    entry += ENTRY_BYTES;
     std::memset(data + end, 0, size_t(section.offset - end));
     end = section.offset + section.length;
   }
-  for (int64_t t = 0; t < tiles(layout.numel); ++t)
-    put<uint32_t>(data + layout.counts_at + 4 * t, uint32_t(starts[t + 1] - starts[t]));
-  if (layout.tensor_count)
-    std::memcpy(data + layout.tensors_at, tensors, size_t(TENSOR_BYTES * layout.tensor_count));
+  if (const Section* table = frame.find(TENSORS))
+    std::memcpy(data + table->offset, tensors, size_t(table->length));
 }
 
 void seal(uint8_t* data, size_t size) { put<uint32_t>(data + 60, checksum(data, size)); }

@@ -66,9 +66,9 @@ def test_updates_that_do_not_fit():
     assert encoder.epoch == 0 and not encoder.e.any()
     with pytest.raises(DTypeError, match=r"like\['n'\].*int64; leave integer buffers out"):
         Encoder(TopK(k=1), like={"n": np.arange(3)})
-    with pytest.raises(DTypeError, match="codec: expected TopK, got str"):
+    with pytest.raises(DTypeError, match="codec: expected a codec such as TopK, got str"):
         Encoder("topk", like=G)
-    with pytest.raises(DTypeError, match="feedback: expected EF14, EControl or None, got str"):
+    with pytest.raises(DTypeError, match="feedback: expected an error control .*, got str"):
         Encoder(TopK(k=1), "ef14", like=G)
     with pytest.raises(InvalidInputError, match="nonfinite: expected raise or skip"):
         Encoder(TopK(k=1), like=G, nonfinite="exclude")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from flcore.aggregation import Accumulator
 from flcore.compression import EF14, EControl, Encoder, Packet, TopK, decode
 from flcore.errors import NonFiniteError
-from flcore.ops.sparsify import sparsify
 from support import np_dtype
 
 G = np.array([4, -3, 2, 1], np.float32)
@@ -113,20 +112,6 @@ def test_econtrol_closed_form(rng):
         assert np.array_equal(encoder.h[kept], g[kept] + eta * e[kept])
         assert np.array_equal(encoder.e[rest], (e + g - h)[rest])
         assert np.array_equal(encoder.h[rest], h[rest])
-
-
-def test_econtrol_with_eta_zero_is_ef21(rng):
-    """D = C(g - h), h <- h + D bit for bit: the memory has no influence."""
-    d = 400
-    encoder = Encoder(TopK(k=20), EControl(eta=0.0), like=np.zeros(d, np.float32))
-    h = np.zeros(d, np.float32)
-    for _ in range(10):
-        g = rng.standard_normal(d).astype(np.float32)
-        want = sparsify(g, k=20, h=h)
-        packet = encoder.encode(g)
-        assert packet.body().indices.tolist() == Packet.from_bytes(want).body().indices.tolist()
-        assert np.array_equal(decode(packet), decode(want.tobytes()))
-        assert encoder.h.tobytes() == h.tobytes()
 
 
 def test_econtrol_converges_on_a_fixed_gradient_and_diverges_beyond_the_edge():

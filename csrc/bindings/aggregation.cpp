@@ -5,6 +5,7 @@
 #include "api.h"
 #include "bindings/bindings.h"
 #include "bindings/combine_call.h"
+#include "bindings/packet_call.h"
 #include "bindings/random_args.h"
 
 namespace py = pybind11;
@@ -31,6 +32,18 @@ static int combine_scaled(const Addresses& rows, int64_t n, const Numbers& weigh
   FLCORE_CHECK(out.size() == numel.size(), "out: one address a layer is needed");
   const CombineCall call(n, rows, weights, true, numel, dtype, out_dtype, {}, out, accumulate,
                          divisor, threads, check);
+  py::gil_scoped_release nogil;
+  return cpu().combine->combine(call.args);
+}
+
+static int combine_packets(const Packets& packets, const Numbers& weights, const Sizes& numel,
+                           const Codes& out_dtype, const Addresses& out, int accumulate,
+                           double divisor, int threads, bool check) {
+  FLCORE_CHECK(out.size() == numel.size(), "out: one address a layer is needed");
+  const Codes dtype(numel.size(), F32);
+  const PacketTable table = packet_table(packets, {}, numel, dtype);
+  const CombineCall call(table.count(), {}, weights, true, numel, dtype, out_dtype, {}, out,
+                         accumulate, divisor, threads, check, table);
   py::gil_scoped_release nogil;
   return cpu().combine->combine(call.args);
 }
@@ -64,7 +77,8 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
                         const std::vector<Addresses>& buffers, int kind, const Numbers& scalars,
                         bool models, int copy_dtype, double noise_std, uint64_t seed,
                         uint32_t round, uint32_t client, const std::vector<uint32_t>& tensor,
-                        int accumulate, double divisor, int threads, bool check) {
+                        int accumulate, double divisor, int threads, bool check,
+                        const Packets& packets) {
   const size_t layers = numel.size();
   FLCORE_CHECK(model_dtype.size() == layers, "model_dtype: expected ", layers, " codes, got ",
                model_dtype.size());
@@ -74,8 +88,10 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
                  model_dtype[l]);
     sum_dtype[l] = model_dtype[l] == F64 ? F64 : F32;
   }
+  const PacketTable table = packet_table(packets, rows, numel, dtype);
+  FLCORE_CHECK(packets.empty() || !models, "models: packets are updates");
   const CombineCall call(n, rows, weights, by_layer, numel, dtype, sum_dtype, {}, {}, accumulate,
-                         divisor, threads, check);
+                         divisor, threads, check, table);
   FLCORE_CHECK(kind >= 0 && kind < STEP_KIND_COUNT, "kind: unknown code ", kind);
   FLCORE_CHECK(scalars.size() == 4, "scalars: expected lr, beta1, beta2, tau");
   FLCORE_CHECK(buffers.size() == 7, "buffers: expected 7 lists, got ", buffers.size());
@@ -152,8 +168,12 @@ void bind_aggregation(py::module_& m) {
         py::arg("buffers"), py::arg("kind"), py::arg("scalars"), py::arg("models"),
         py::arg("copy_dtype"), py::arg("noise_std"), py::arg("seed"), py::arg("round"),
         py::arg("client"), py::arg("tensor"), py::arg("accumulate"), py::arg("divisor"),
-        py::arg("threads"), py::arg("check"),
+        py::arg("threads"), py::arg("check"), py::arg("packets") = Packets(),
         "A weighted sum and one step of a server optimiser along it; returns CombineFlags.");
+  m.def("combine_packets", &combine_packets, py::arg("packets"), py::arg("weights"),
+        py::arg("numel"), py::arg("out_dtype"), py::arg("out"), py::arg("accumulate"),
+        py::arg("divisor"), py::arg("threads"), py::arg("check"),
+        "Weighted sum of packets with a weight for each layer of each; returns CombineFlags.");
   m.def("nonfinite", &nonfinite, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
         py::arg("threads"), "1 for each row that holds a NaN or an infinity, else 0.");
 }

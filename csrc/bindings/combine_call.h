@@ -33,6 +33,15 @@ inline void* const* data_or_null(const std::vector<void*>& p) {
   return p.empty() ? nullptr : p.data();
 }
 
+// Packets in the place of rows; without any, rows are read. packet_call.h makes one.
+struct PacketTable {
+  std::vector<PacketView> views;
+  std::vector<int64_t> starts;  // first coordinate of each layer, then the total
+
+  int64_t count() const { return int64_t(views.size()); }
+  const PacketView* data() const { return views.empty() ? nullptr : views.data(); }
+};
+
 // Owns the pointer arrays that `args` points into; the other vectors belong to the caller.
 struct CombineCall {
   std::vector<const void*> rows;
@@ -50,14 +59,18 @@ struct CombineCall {
   }
 
   // The general form: rows of int8 when out_dtype has a code for each layer, a weight for each row or
-  // for each layer of each row.
+  // for each layer of each row, or packets, which belong to the caller.
   CombineCall(int64_t n, const Addresses& x, const std::vector<double>& weights, bool by_layer,
               const std::vector<int64_t>& numel, const std::vector<int>& dtype,
               const std::vector<int>& out_dtype, const Addresses& s, const Addresses& o,
-              int accumulate, double divisor, int threads, bool check)
+              int accumulate, double divisor, int threads, bool check,
+              const PacketTable& packets = {})
       : rows(pointers<const void>(x)), state(layer_pointers("state", s, numel.size())),
         out(layer_pointers("out", o, numel.size())), first_tile(numel.size() + 1) {
-    check_table(x, n, numel, dtype, out_dtype.empty() ? DTYPE_COUNT : ROW_DTYPE_COUNT);
+    FLCORE_CHECK(packets.views.empty() || packets.count() == n, "packets: expected ", n, ", got ",
+                 packets.count());
+    check_table(x, packets.views.empty() ? n : 0, numel, dtype,
+                out_dtype.empty() ? DTYPE_COUNT : ROW_DTYPE_COUNT);
     const size_t count = size_t(n) * (by_layer ? numel.size() : 1);
     FLCORE_CHECK(weights.size() == count, "weights: expected ", count, ", got ", weights.size());
     FLCORE_CHECK(out_dtype.empty() || out_dtype.size() == numel.size(), "out_dtype: expected ",
@@ -78,7 +91,9 @@ struct CombineCall {
             check,
             first_tile.data(),
             out_dtype.empty() ? nullptr : out_dtype.data(),
-            by_layer};
+            by_layer,
+            packets.data(),
+            packets.starts.data()};
   }
   CombineCall(const CombineCall&) = delete;
   CombineCall& operator=(const CombineCall&) = delete;

@@ -108,10 +108,17 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   arithmetic("probe_products", &ProbeFns::products);
   arithmetic("probe_differences", &ProbeFns::differences);
   bind_aggregation(m);
+  bind_wire(m);
+  bind_quantize(m);
+  bind_indices(m);
   bind_compression(m);
+  bind_sparsify(m);
   bind_rng(m);
   bind_moments(m);
   bind_mask(m);
   bind_select(m);
   bind_gram(m);
+  bind_low_rank(m);
+  bind_vote(m);
+  bind_lut_add(m);
 }

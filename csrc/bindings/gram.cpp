@@ -5,7 +5,7 @@
 
 #include "api.h"
 #include "bindings/bindings.h"
-#include "bindings/combine_call.h"
+#include "bindings/packet_call.h"
 #include "exact.h"
 
 namespace py = pybind11;
@@ -22,10 +22,16 @@ static void check_starts(const char* name, const std::vector<int64_t>& starts) {
 
 static void gram(const Addresses& rows, int64_t n, const std::vector<int64_t>& starts,
                  const std::vector<int>& dtype, int kind, bool wide,
-                 const std::vector<int64_t>& segment_starts, Sums sums, int threads) {
+                 const std::vector<int64_t>& segment_starts, Sums sums, int threads,
+                 const Packets& packets) {
   check_starts("starts", starts);
   check_starts("segment_starts", segment_starts);
-  check_table(rows, n, std::vector<int64_t>(starts.size() - 1), dtype);
+  std::vector<int64_t> numel;
+  for (size_t l = 1; l < starts.size(); ++l) numel.push_back(starts[l] - starts[l - 1]);
+  const PacketTable table = packet_table(packets, rows, numel, dtype);
+  FLCORE_CHECK(packets.empty() || table.count() == n, "packets: expected ", n, ", got ",
+               table.count());
+  check_table(rows, packets.empty() ? n : 0, numel, dtype);
   FLCORE_CHECK(n >= 1, "rows: expected at least one");
   FLCORE_CHECK(kind >= 0 && kind < GRAM_KIND_COUNT, "kind: unknown code ", kind);
   FLCORE_CHECK(segment_starts.back() == starts.back(), "segment_starts: expected to end at ",
@@ -38,20 +44,22 @@ static void gram(const Addresses& rows, int64_t n, const std::vector<int64_t>& s
   threads = threads < 1 ? 1 : threads;
   const auto x = pointers<const void>(rows);
   std::vector<int64_t> first_chunk(segment_starts.size());
-  const Scratch scratch(threads * cpu().gram->scratch(n, wide));
-  const GramArgs args{n,
-                      int64_t(dtype.size()),
-                      starts.data(),
-                      dtype.data(),
-                      x.data(),
-                      kind,
-                      wide,
-                      segments,
-                      segment_starts.data(),
-                      sums.mutable_data(),
-                      threads,
-                      first_chunk.data(),
-                      scratch.data()};
+  GramArgs args{n,
+                int64_t(dtype.size()),
+                starts.data(),
+                dtype.data(),
+                x.data(),
+                kind,
+                wide,
+                segments,
+                segment_starts.data(),
+                sums.mutable_data(),
+                threads,
+                first_chunk.data(),
+                nullptr,
+                table.data()};
+  const Scratch scratch(threads * cpu().gram->scratch(args));
+  args.scratch = scratch.data();
   py::gil_scoped_release nogil;
   cpu().gram->gram(args);
 }
@@ -79,7 +87,8 @@ void bind_gram(py::module_& m) {
       "Entries and words of the sums of a segment.");
   m.def("gram", &gram, py::arg("rows"), py::arg("n"), py::arg("starts"), py::arg("dtype"),
         py::arg("kind"), py::arg("wide"), py::arg("segment_starts"), py::arg("sums").noconvert(),
-        py::arg("threads"), "Adds exact sums over all coordinates (csrc/cpu/gram.isa.cpp).");
+        py::arg("threads"), py::arg("packets") = Packets(),
+        "Adds exact sums over all coordinates (csrc/cpu/gram.isa.cpp).");
   m.def("gram_finish", &gram_finish, py::arg("sums"), py::arg("wide"), py::arg("is_signed"),
         "Exact sums rounded to float64.");
 }

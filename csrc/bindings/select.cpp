@@ -4,7 +4,7 @@
 
 #include "api.h"
 #include "bindings/bindings.h"
-#include "bindings/combine_call.h"
+#include "bindings/packet_call.h"
 
 namespace py = pybind11;
 
@@ -14,8 +14,11 @@ static int select(const Addresses& rows, int64_t n, const std::vector<int64_t>& 
                   const std::vector<int>& dtype, int op, int median, int64_t f, int64_t keep,
                   bool mixed, const std::vector<int64_t>& mix_starts,
                   const std::vector<int64_t>& mix_rows, const std::vector<double>& mix_values,
-                  bool propagate, const Addresses& out, int threads) {
-  check_table(rows, n, numel, dtype);
+                  bool propagate, const Addresses& out, int threads, const Packets& packets) {
+  const PacketTable table = packet_table(packets, rows, numel, dtype);
+  FLCORE_CHECK(packets.empty() || table.count() == n, "packets: expected ", n, ", got ",
+               table.count());
+  check_table(rows, packets.empty() ? n : 0, numel, dtype);
   FLCORE_CHECK(n >= 1, "rows: expected at least one");
   FLCORE_CHECK(out.size() == numel.size(), "out: one address a layer");
   FLCORE_CHECK(op >= 0 && op < SELECT_OP_COUNT, "op: unknown code ", op);
@@ -34,25 +37,28 @@ static int select(const Addresses& rows, int64_t n, const std::vector<int64_t>& 
   const auto x = pointers<const void>(rows);
   const auto to = pointers<>(out);
   std::vector<int64_t> first_tile(numel.size() + 1);
-  const Scratch scratch(threads * cpu().select->scratch(n, count));
-  const SelectArgs args{n,
-                        int64_t(numel.size()),
-                        numel.data(),
-                        dtype.data(),
-                        x.data(),
-                        op,
-                        median,
-                        f,
-                        keep,
-                        count,
-                        mixed ? mix_starts.data() : nullptr,
-                        mix_rows.data(),
-                        mix_values.data(),
-                        propagate,
-                        to.data(),
-                        threads,
-                        first_tile.data(),
-                        scratch.data()};
+  SelectArgs args{n,
+                  int64_t(numel.size()),
+                  numel.data(),
+                  dtype.data(),
+                  x.data(),
+                  op,
+                  median,
+                  f,
+                  keep,
+                  count,
+                  mixed ? mix_starts.data() : nullptr,
+                  mix_rows.data(),
+                  mix_values.data(),
+                  propagate,
+                  to.data(),
+                  threads,
+                  first_tile.data(),
+                  nullptr,
+                  table.data(),
+                  table.starts.data()};
+  const Scratch scratch(threads * cpu().select->scratch(args));
+  args.scratch = scratch.data();
   py::gil_scoped_release nogil;
   return cpu().select->select(args);
 }
@@ -62,7 +68,7 @@ void bind_select(py::module_& m) {
   m.def("select", &select, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),
         py::arg("op"), py::arg("median"), py::arg("f"), py::arg("keep"), py::arg("mixed"),
         py::arg("mix_starts"), py::arg("mix_rows"), py::arg("mix_values"), py::arg("propagate"),
-        py::arg("out"), py::arg("threads"),
+        py::arg("out"), py::arg("threads"), py::arg("packets") = Packets(),
         "Order statistic of every coordinate (csrc/cpu/select.isa.cpp); returns SelectFlags.");
 }
 

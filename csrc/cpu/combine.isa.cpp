@@ -6,7 +6,8 @@
 //             are formed: n*s + m*s bytes a coordinate.
 //   step:     a server optimiser (cpu/step.h) along the sum, which never goes to memory: n*s + 24
 //             bytes for adam on float32 (w, m and v read and written), 16 with momentum, 8 with sgd.
-// A tile of accumulators stays in cache while the rows pass by eight at a time (cpu/sums.h).
+// A tile of accumulators stays in cache while the rows pass by eight at a time (cpu/sums.h). Packets
+// in the place of rows are decoded on the way (cpu/packet_sums.h).
 //
 // Exactness: no fused multiply-add, fixed order, element by element: the same bits at every level,
 // tile size and thread count. Rows of int8 carry their scale in the weight, rounded once.
@@ -15,6 +16,7 @@
 // whether any input was non-finite (or the sum overflowed); the caller then looks for the row.
 #include "api.h"
 #include "cpu/isa.h"
+#include "cpu/packet_sums.h"
 #include "cpu/step.h"
 #include "cpu/sums.h"
 #include "cpu/tiles.h"
@@ -106,7 +108,18 @@ static int tile(const CombineArgs& a, const Rows& rows, int64_t layer, int64_t o
   return tile_plain<D, double>(a, rows, layer, offset, m, out);
 }
 
+// The same for packets; there is no state.
+static int combine_packets(const CombineArgs& a) {
+  const auto is_wide = [&](int64_t l) { return wide(a, l); };
+  return sum_packets(a, is_wide, [&](int64_t l, int64_t offset, int64_t m, auto* sums) {
+    const int flags = a.check || a.accumulate == ACC_REPRODUCIBLE ? finite_flag(sums, m) : 0;
+    write_out(out_dtype(a, l), sums, m, a.divisor, a.out[l], offset);
+    return flags;
+  });
+}
+
 static int combine(const CombineArgs& a) {
+  if (a.packets) return combine_packets(a);
   int64_t all = 0, bytes = TILE_MIN;
   for (int64_t l = 0; l < a.layers; ++l) all += 4 * a.numel[l];
   while (bytes < TILE_MAX && all / (2 * bytes) >= 8 * a.threads) bytes *= 2;  // 8 tiles a thread
@@ -217,8 +230,30 @@ static int tile_step(const StepArgs& a, int64_t layer, int64_t offset, int64_t m
   return flags | (step_tile(a, layer, offset, d, m) & (s.check ? ~0 : ~STEP_NONFINITE));
 }
 
+// The sums of packets over a part of a layer, and the step along them.
+template <class T, class Acc>
+static int packet_step(const StepArgs& a, int64_t layer, int64_t offset, int64_t m, Acc* sums) {
+  alignas(64) T rounded[BLOCK_MAX];
+  const CombineArgs& s = a.sum;
+  T* const d = rounded;
+  const int flags = s.check || s.accumulate == ACC_REPRODUCIBLE ? finite_flag(sums, m) : 0;
+  write_out<sizeof(T) == 4 ? F32 : F64>(sums, m, s.divisor, d, 0);
+  if (a.noise_std != 0) add_noise(a, layer, offset, d, m);
+  return flags | (step_tile(a, layer, offset, d, m) & (s.check ? ~0 : ~STEP_NONFINITE));
+}
+
+static int packets_step(const StepArgs& a) {
+  const CombineArgs& s = a.sum;
+  const auto is_wide = [&](int64_t l) { return wide(s, l); };
+  return sum_packets(s, is_wide, [&](int64_t l, int64_t offset, int64_t m, auto* sums) {
+    return s.out_dtype[l] == F64 ? packet_step<double>(a, l, offset, m, sums)
+                                 : packet_step<float>(a, l, offset, m, sums);
+  });
+}
+
 static int combine_step(const StepArgs& a) {
   const CombineArgs& s = a.sum;
+  if (s.packets) return packets_step(a);
   const auto size = [&](int64_t) {
     return s.accumulate == ACC_REPRODUCIBLE ? TILE_BINS : STEP_TILE;
   };

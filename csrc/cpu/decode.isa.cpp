@@ -1,14 +1,18 @@
 // Adding packets into accumulators, and decoding one packet into a dense vector.
 //   add    out[i] += w_p D_p[i]   for each packet p in list order, each coordinate i that p holds
 //   dense  out[i] = D[i], 0 where the packet holds nothing
+//   rows   coordinates [begin, begin + count) of several packets, each into a row of scratch
 // Float32 accumulators: (float)w * D, rounded, then added, rounded; float64 ones the same in float64;
-// no fma. Threads take tiles of 65,536 coordinates and walk all packets through a tile before the
-// next (256 KiB of accumulator: it stays in L2), so a coordinate always sees the packets in list
-// order: the same bits for any number of threads and any level. Reads every packet once and the
-// touched lines of the accumulator once; a packet is never made dense.
-// Packets were checked by wire::parse, so no index is checked here. Accumulators are a list of layers.
+// no fma. Threads take tiles of 65,536 coordinates (32,768 when no packet is sparse). Sparse packets
+// are walked through a whole tile (256 KiB of accumulator: it stays in L2), neighbours in the list
+// that are not sparse block by block of 4096 (16 KiB: L1); either way a coordinate sees the packets
+// in list order: the same bits for any number of threads and any level. Reads every packet once and
+// the touched lines of the accumulator once; a packet is never made dense in memory.
+// Packets were checked by wire::parse, so nothing is checked here. Accumulators are a list of layers.
 #include "api.h"
 #include "cpu/chunks.h"
+#include "cpu/codes.h"
+#include "cpu/decode_linear.h"
 #include "cpu/layers.h"
 #include "cpu/vec.h"
 
@@ -25,7 +29,7 @@ FLCORE_INLINE void put(char* at, T weight, T value) {
 
 // visit(local index, position in the packet) for each entry of a tile, in index order
 template <class Visit>
-FLCORE_INLINE void for_entries(const SparseView& p, int64_t numel, int64_t tile,
+FLCORE_INLINE void for_entries(const PacketView& p, int64_t numel, int64_t tile,
                                const Visit& visit) {
   int64_t j = p.starts[tile];
   const int64_t stop = p.starts[tile + 1];
@@ -45,7 +49,7 @@ FLCORE_INLINE void for_entries(const SparseView& p, int64_t numel, int64_t tile,
 
 // A tile inside one layer of type T (float or double).
 template <int D, bool ADD, class T>
-static void walk_layer(const DecodeArgs& x, const SparseView& p, int64_t tile, int64_t layer) {
+static void walk_layer(const DecodeArgs& x, const PacketView& p, int64_t tile, int64_t layer) {
   char* base = static_cast<char*>(x.out[layer]) +
                int64_t(sizeof(T)) * (tile * SPARSE_TILE - x.starts[layer]);
   const T weight = T(p.weight);
@@ -55,7 +59,7 @@ static void walk_layer(const DecodeArgs& x, const SparseView& p, int64_t tile, i
 }
 
 template <int D, bool ADD>
-static void walk_tile(const DecodeArgs& x, const SparseView& p, int64_t tile) {
+static void walk_tile(const DecodeArgs& x, const PacketView& p, int64_t tile) {
   const int64_t begin = tile * SPARSE_TILE;
   int64_t layer = find_layer(x.starts, x.layers, begin);
   const int64_t end = begin + SPARSE_TILE < x.numel ? begin + SPARSE_TILE : x.numel;
@@ -79,7 +83,7 @@ static void walk_tile(const DecodeArgs& x, const SparseView& p, int64_t tile) {
 }
 
 template <bool ADD>
-static void walk(const DecodeArgs& x, const SparseView& p, int64_t tile) {
+static void walk(const DecodeArgs& x, const PacketView& p, int64_t tile) {
   if (p.value_dtype == F32) walk_tile<F32, ADD>(x, p, tile);
   if (p.value_dtype == F16) walk_tile<F16, ADD>(x, p, tile);
   if (p.value_dtype == BF16) walk_tile<BF16, ADD>(x, p, tile);
@@ -99,27 +103,202 @@ static void zero_tile(const DecodeArgs& x, int64_t tile) {
   }
 }
 
+// Entries of coordinates [begin, begin + count) of one tile, as values among zeros.
+template <int D>
+static void sparse_range(const PacketView& p, int64_t begin, int64_t count, float* out) {
+  __builtin_memset(out, 0, size_t(count) * 4);
+  const int64_t tile = begin / SPARSE_TILE, from = begin - tile * SPARSE_TILE;
+  for_entries(p, p.numel, tile, [&](int64_t local, int64_t j) {
+    const int64_t at = local - from;
+    if (at >= 0 && at < count) store(out + at, load1<D>(p.values, j));
+  });
+}
+
+static void sparse_range(const PacketView& p, int64_t begin, int64_t count, float* out) {
+  if (p.value_dtype == F32) sparse_range<F32>(p, begin, count, out);
+  if (p.value_dtype == F16) sparse_range<F16>(p, begin, count, out);
+  if (p.value_dtype == BF16) sparse_range<BF16>(p, begin, count, out);
+}
+
+// ---- buckets -----------------------------------------------------------------------------------
+
+constexpr int64_t BLOCK = BLOCK_MAX;
+constexpr int64_t PIECE = BLOCK + 64;  // floats of a piece with what comes before it
+
+// Part of a bucket, or a run of whole ones for the codecs that take it.
+static void dequantize(const PacketView& p, const Segment& s, float* out, float* work) {
+  switch (p.codec) {
+    default: walk_linear<false>(p, s, 1, out, reinterpret_cast<uint8_t*>(work));
+  }
+}
+
+static bool is_linear(int codec) {
+  return codec == CODEC_SIGN || codec == CODEC_UNIFORM || codec == CODEC_AFFINE ||
+         codec == CODEC_TERNARY;
+}
+static bool is_whole(int codec) { return codec == CODEC_ROTATED || codec == CODEC_THC; }
+static bool takes_runs(int codec) {
+  return codec == CODEC_DENSE || codec == CODEC_NATURAL || codec == CODEC_MINIFLOAT;
+}
+
+// visit(segment, offset) for each part of a bucket within [begin, begin + count)
+template <class Visit>
+FLCORE_INLINE void for_segments(const PacketView& p, int64_t begin, int64_t count,
+                                const Visit& visit) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t at = begin + done, bucket = at / p.bucket, start = bucket * p.bucket;
+    const int64_t length = p.numel - start < p.bucket ? p.numel - start : p.bucket;
+    const int64_t left = length - (at - start), wanted = count - done;
+    int64_t n = left < wanted ? left : wanted;
+    if (at == start && left < wanted && takes_runs(p.codec)) n = wanted - wanted % p.bucket;
+    if (n == 0) n = left;
+    visit(Segment{bucket, length, at - start, n}, done);
+    done += n;
+  }
+}
+
+// work: [DECODE_WORK]; count <= BLOCK
+static void bucket_range(const PacketView& p, int64_t begin, int64_t count, float* out,
+                         float* work) {
+  float* const piece = work + 2 * BLOCK;
+  for_segments(p, begin, count, [&](const Segment& s, int64_t at) {
+    const int64_t skip = is_whole(p.codec) ? s.begin : is_linear(p.codec) ? 0 : s.begin % 8;
+    if (skip == 0 && (s.n == s.length || !is_whole(p.codec))) {
+      dequantize(p, s, out + at, work);
+      return;
+    }
+    const int64_t n = is_whole(p.codec) ? s.length : s.n + skip;
+    dequantize(p, Segment{s.bucket, s.length, s.begin - skip, n}, piece, work);
+    __builtin_memcpy(out + at, piece + skip, size_t(s.n) * 4);
+  });
+}
+
+// D of coordinates [begin, begin + count), which lie in one tile; count <= BLOCK
+static void decode_range(const PacketView& p, int64_t begin, int64_t count, float* out,
+                         float* work) {
+  if (p.codec == CODEC_SPARSE)
+    sparse_range(p, begin, count, out);
+  else
+    bucket_range(p, begin, count, out, work);
+}
+
+// ---- blocks of accumulators --------------------------------------------------------------------
+
+template <bool ADD, class T>
+static void put_values(char* out, int64_t n, const float* d, T weight) {
+  for (int64_t i = 0; i < n; ++i) put<ADD, T>(out + int64_t(sizeof(T)) * i, weight, T(d[i]));
+}
+
+// D of [begin, begin + count) into the layers it lies in
+template <bool ADD>
+static void put_layers(const DecodeArgs& x, int64_t begin, int64_t count, const float* d,
+                       double weight) {
+  int64_t layer = find_layer(x.starts, x.layers, begin);
+  for (int64_t done = 0; done < count; ++layer) {
+    const int64_t at = begin + done - x.starts[layer], left = x.starts[layer + 1] - begin - done;
+    const int64_t n = left < count - done ? left : count - done;
+    if (n <= 0) continue;  // an empty layer, perhaps without an address
+    char* out = static_cast<char*>(x.out[layer]);
+    if (x.dtype[layer] == F64)
+      put_values<ADD, double>(out + 8 * at, n, d + done, weight);
+    else
+      put_values<ADD, float>(out + 4 * at, n, d + done, float(weight));
+    done += n;
+  }
+}
+
+// The address of [begin, begin + count) in its layer if that is one of float32, else null
+static float* inside_layer(const DecodeArgs& x, int64_t begin, int64_t count) {
+  const int64_t layer = find_layer(x.starts, x.layers, begin);
+  if (x.dtype[layer] != F32 || begin + count > x.starts[layer + 1]) return nullptr;
+  return reinterpret_cast<float*>(static_cast<char*>(x.out[layer]) + 4 * (begin - x.starts[layer]));
+}
+
+static void add_block(const DecodeArgs& x, const PacketView& p, int64_t begin, int64_t count,
+                      float* direct, float* d, float* work) {
+  if (direct && is_linear(p.codec)) {
+    for_segments(p, begin, count, [&](const Segment& s, int64_t at) {
+      walk_linear<true>(p, s, float(p.weight), direct + at, reinterpret_cast<uint8_t*>(work));
+    });
+    return;
+  }
+  decode_range(p, begin, count, d, work);
+  put_layers<true>(x, begin, count, d, p.weight);
+}
+
+// Neighbours [first, last) in the list, none sparse, over coordinates [begin, end)
+static void add_run(const DecodeArgs& x, int64_t first, int64_t last, int64_t begin, int64_t end,
+                    float* d, float* work) {
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t count = end - at < BLOCK ? end - at : BLOCK;
+    float* direct = inside_layer(x, at, count);
+    for (int64_t p = first; p < last; ++p)
+      add_block(x, x.views[p], at, count, direct, d, work);
+  }
+}
+
 // ---- table ------------------------------------------------------------------------------------
 
-int64_t tile_count(const DecodeArgs& x) { return (x.numel + SPARSE_TILE - 1) / SPARSE_TILE; }
+struct alignas(64) Block {
+  float d[PIECE], work[DECODE_WORK];
+};
 
 void add(const DecodeArgs& x) {
-  for_chunks(tile_count(x), x.threads, [&](int64_t tile) {
-    for (int64_t p = 0; p < x.packets; ++p) walk<true>(x, x.views[p], tile);
+  bool sparse = false;
+  for (int64_t p = 0; p < x.packets; ++p) sparse |= x.views[p].codec == CODEC_SPARSE;
+  const int64_t size = sparse ? SPARSE_TILE : SPARSE_TILE / 2;
+  for_chunks((x.numel + size - 1) / size, x.threads, [&](int64_t chunk) {
+    Block block;
+    const int64_t begin = chunk * size, end = begin + size < x.numel ? begin + size : x.numel;
+    for (int64_t p = 0; p < x.packets;) {
+      if (x.views[p].codec == CODEC_SPARSE) {
+        walk<true>(x, x.views[p++], chunk);
+        continue;
+      }
+      const int64_t first = p;
+      while (p < x.packets && x.views[p].codec != CODEC_SPARSE) ++p;
+      add_run(x, first, p, begin, end, block.d, block.work);
+    }
   });
 }
 
 void dense(const DecodeArgs& x) {
-  for_chunks(tile_count(x), x.threads, [&](int64_t tile) {
-    zero_tile(x, tile);
-    walk<false>(x, x.views[0], tile);
+  const PacketView& p = x.views[0];
+  for_chunks((x.numel + SPARSE_TILE - 1) / SPARSE_TILE, x.threads, [&](int64_t tile) {
+    if (p.codec == CODEC_SPARSE) {
+      zero_tile(x, tile);
+      walk<false>(x, p, tile);
+      return;
+    }
+    Block block;
+    const int64_t stop = (tile + 1) * SPARSE_TILE, end = stop < x.numel ? stop : x.numel;
+    for (int64_t at = tile * SPARSE_TILE; at < end; at += BLOCK) {
+      const int64_t count = end - at < BLOCK ? end - at : BLOCK;
+      if (float* direct = inside_layer(x, at, count)) {
+        decode_range(p, at, count, direct, block.work);
+      } else {
+        decode_range(p, at, count, block.d, block.work);
+        put_layers<false>(x, at, count, block.d, 1);
+      }
+    }
   });
+}
+
+void rows(const PacketView* views, int64_t n, int64_t begin, int64_t count, float* out,
+          int64_t stride, float* work) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t done = 0; done < count;) {
+      const int64_t at = begin + done, end = (at / BLOCK + 1) * BLOCK;  // no tile is crossed
+      const int64_t part = count - done < end - at ? count - done : end - at;
+      decode_range(views[i], at, part, out + i * stride + done, work);
+      done += part;
+    }
 }
 
 }  // namespace
 }  // namespace FLCORE_ISA
 
 extern const DecodeFns FLCORE_TABLE(decode);
-const DecodeFns FLCORE_TABLE(decode) = {&FLCORE_ISA::add, &FLCORE_ISA::dense};
+const DecodeFns FLCORE_TABLE(decode) = {&FLCORE_ISA::add, &FLCORE_ISA::dense, &FLCORE_ISA::rows};
 
 }  // namespace flcore

@@ -13,6 +13,7 @@
 #include "cpu/fma.h"
 #include "cpu/isa.h"
 #include "cpu/layers.h"
+#include "cpu/packets.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
 #include "exact.h"
@@ -157,9 +158,11 @@ static int64_t blocks_of(int64_t n) { return (n + SIDE - 1) / SIDE; }
 
 struct Workspace {
   const char** p;  // [n padded to whole blocks] the rows of a tile
-  char* rows;    // [n][GRAM_TILE] float32 or float64: rows that had to be converted or put together
-  double* part;  // [blocks (blocks + 1) / 2][16] sums of a chunk (wide and norms: [entries])
-  int64_t* sums;  // [entries][words] sums of this thread in the current segment
+  char* rows;  // [n][GRAM_TILE] float32 or float64: rows that had to be converted or put together
+  float* decoded;  // [n][row_stride(stretch)] packets
+  float* work;     // [DECODE_WORK]
+  double* part;    // [blocks (blocks + 1) / 2][16] sums of a chunk (wide and norms: [entries])
+  int64_t* sums;   // [entries][words] sums of this thread in the current segment
 };
 
 static int64_t rows_bytes(int64_t n, bool wide) {
@@ -169,17 +172,30 @@ static int64_t part_bytes(int64_t n) {
   return whole_lines(blocks_of(n) * (blocks_of(n) + 1) / 2 * 16 * 8);
 }
 
-static int64_t scratch_bytes(int64_t n, bool wide) {
-  return whole_lines(8 * SIDE * blocks_of(n)) + rows_bytes(n, wide) + part_bytes(n) +
-         whole_lines(gram_entries(n, GRAM_DISTANCES) * gram_words(wide) * 8);
+// Coordinates of packets decoded at once: whole tiles, at least a bucket of those that need it.
+static int64_t stretch_of(const GramArgs& a) {
+  const int64_t bucket = a.packets ? whole_bucket(a.packets, a.n) : 1;
+  return (bucket + GRAM_TILE - 1) / GRAM_TILE * GRAM_TILE;
+}
+static int64_t decoded_bytes(const GramArgs& a) {
+  return a.packets ? 4 * a.n * row_stride(stretch_of(a)) : 0;
+}
+
+static int64_t scratch_bytes(const GramArgs& a) {
+  return whole_lines(8 * SIDE * blocks_of(a.n)) + rows_bytes(a.n, a.wide) + part_bytes(a.n) +
+         decoded_bytes(a) + (a.packets ? 4 * DECODE_WORK : 0) +
+         whole_lines(gram_entries(a.n, GRAM_DISTANCES) * gram_words(a.wide) * 8);
 }
 
 static Workspace workspace(const GramArgs& a, int64_t thread) {
-  char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a.n, a.wide);
+  char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a);
   char* rows = base + whole_lines(8 * SIDE * blocks_of(a.n));
-  char* part = rows + rows_bytes(a.n, a.wide);
-  return {reinterpret_cast<const char**>(base), rows, reinterpret_cast<double*>(part),
-          reinterpret_cast<int64_t*>(part + part_bytes(a.n))};
+  char* decoded = rows + rows_bytes(a.n, a.wide);
+  char* work = decoded + decoded_bytes(a);
+  char* part = work + (a.packets ? 4 * DECODE_WORK : 0);
+  return {reinterpret_cast<const char**>(base), rows,
+          reinterpret_cast<float*>(decoded),    reinterpret_cast<float*>(work),
+          reinterpret_cast<double*>(part),      reinterpret_cast<int64_t*>(part + part_bytes(a.n))};
 }
 
 template <int D>
@@ -210,11 +226,31 @@ static void convert_row(int dtype, const void* x, int64_t first, int64_t m, T* t
   }
 }
 
-// Points w.p at coordinates begin .. begin + m - 1 of every row; what is not float32 in one piece
+// Points w.p at coordinates begin .. begin + m - 1 of every packet. The tile begins `first`
+// coordinates into a stretch, which is decoded when first is 0; the segment ends at `last`.
+template <class T>
+static void open_packets(const GramArgs& a, const Workspace& w, int64_t begin, int64_t m,
+                         int64_t first, int64_t last) {
+  const int64_t stretch = stretch_of(a), stride = row_stride(stretch);
+  if (first == 0) {
+    const int64_t count = last - begin < stretch ? last - begin : stretch;
+    decode_rows(a.packets, a.n, begin, count, w.decoded, stride, w.work);
+  }
+  T* rows = reinterpret_cast<T*>(w.rows);
+  for (int64_t r = 0; r < a.n; ++r) {
+    const float* from = w.decoded + r * stride + first;
+    w.p[r] = reinterpret_cast<const char*>(from);
+    if (sizeof(T) == 4 && m == GRAM_TILE) continue;
+    convert<F32>(from, 0, m, rows + r * GRAM_TILE);
+    for (int64_t i = m; i < GRAM_TILE; ++i) rows[r * GRAM_TILE + i] = 0;
+    w.p[r] = reinterpret_cast<const char*>(rows + r * GRAM_TILE);
+  }
+}
+
+// The same for rows; what is not float32 in one piece
 // is copied, and a short tile ends in zeros, which add nothing.
 template <class T>
-static void open_tile(const GramArgs& a, const Workspace& w, int64_t begin, int64_t m) {
-  const int64_t padded = SIDE * blocks_of(a.n);
+static void open_rows(const GramArgs& a, const Workspace& w, int64_t begin, int64_t m) {
   int64_t l = find_layer(a.starts, a.layers, begin);
   if (sizeof(T) == 4 && m == GRAM_TILE && a.dtype[l] == F32 && begin + m <= a.starts[l + 1]) {
     for (int64_t r = 0; r < a.n; ++r)
@@ -236,7 +272,18 @@ static void open_tile(const GramArgs& a, const Workspace& w, int64_t begin, int6
       w.p[r] = reinterpret_cast<const char*>(rows + r * GRAM_TILE);
     }
   }
-  for (int64_t r = a.n; r < padded; ++r) w.p[r] = w.p[a.n - 1];  // their sums are not used
+}
+
+// Tile `tile` of a chunk; the segment ends at `last`.
+template <class T>
+static void open_tile(const GramArgs& a, const Workspace& w, int64_t begin, int64_t tile,
+                      int64_t last) {
+  const int64_t m = last - begin < GRAM_TILE ? last - begin : GRAM_TILE;
+  if (a.packets)
+    open_packets<T>(a, w, begin, m, tile * GRAM_TILE % stretch_of(a), last);
+  else
+    open_rows<T>(a, w, begin, m);
+  for (int64_t r = a.n; r < SIDE * blocks_of(a.n); ++r) w.p[r] = w.p[a.n - 1];  // not used
 }
 
 template <int KIND>
@@ -269,14 +316,15 @@ static void tile_wide(const GramArgs& a, const Workspace& w) {
   }
 }
 
-static void add_tile(const GramArgs& a, const Workspace& w, int64_t begin, int64_t m) {
+static void add_tile(const GramArgs& a, const Workspace& w, int64_t begin, int64_t tile,
+                     int64_t last) {
   if (a.wide) {
-    open_tile<double>(a, w, begin, m);
+    open_tile<double>(a, w, begin, tile, last);
     if (a.kind == GRAM_NORMS) return tile_wide<GRAM_NORMS>(a, w);
     return a.kind == GRAM_PRODUCTS ? tile_wide<GRAM_PRODUCTS>(a, w)
                                    : tile_wide<GRAM_DISTANCES>(a, w);
   }
-  open_tile<float>(a, w, begin, m);
+  open_tile<float>(a, w, begin, tile, last);
   if (a.kind == GRAM_NORMS)
     for (int64_t r = 0; r < a.n; ++r) norm_of(w.p[r], w.part + r);
   else if (a.kind == GRAM_PRODUCTS)
@@ -330,7 +378,7 @@ static void gram(const GramArgs& a) {
       const int64_t last = a.segment_starts[s + 1];
       int64_t begin = a.segment_starts[s] + (c - a.first_chunk[s]) * chunk;
       for (int64_t t = 0; t < CHUNK && begin < last; ++t, begin += GRAM_TILE)
-        add_tile(a, w, begin, last - begin < GRAM_TILE ? last - begin : GRAM_TILE);
+        add_tile(a, w, begin, t, last);
       close_chunk(a, w);
     }
     flush();

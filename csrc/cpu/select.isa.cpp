@@ -14,6 +14,7 @@
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "cpu/layers.h"
+#include "cpu/packets.h"
 #include "cpu/scratch.h"
 #include "cpu/sorted.h"
 #include "cpu/vec.h"
@@ -25,6 +26,7 @@ constexpr int64_t TILE = 4096;       // coordinates of one piece of work
 constexpr int64_t STAGE = 16 << 10;  // bytes of rows that are converted or mixed before sorting
 constexpr int64_t AHEAD = 1024;      // bytes ahead of the reads, asked for into L2: L1 is too small
 constexpr int64_t MAX_STAGED = 256;  // coordinates staged at once at most
+constexpr int64_t DECODED = 256 << 10;  // bytes of packets decoded at once
 
 template <class T>
 struct VectorOf {
@@ -262,16 +264,30 @@ struct Workspace {
   char* rows;      // [count][staged] values
   char* raw;       // [n][staged] values before they are mixed
   char* used;      // [n] whether a row has a coefficient
+  char* packets;   // packet_bytes
 };
 
-static int64_t scratch_bytes(int64_t n, int64_t count) {
+// Coordinates of packets decoded at once.
+static int64_t block_of(const SelectArgs& a) {
+  const int64_t fit = DECODED / (4 * a.n) / 64 * 64, least = whole_bucket(a.packets, a.n);
+  const int64_t block = fit < 512 ? 512 : fit < TILE ? fit : TILE;
+  return block < least ? least : block;
+}
+
+static int64_t packet_bytes(const SelectArgs& a) {
+  if (!a.packets) return 0;
+  return whole_lines(8 * a.n) + 4 * a.n * row_stride(block_of(a)) + 4 * DECODE_WORK;
+}
+
+static int64_t scratch_bytes(const SelectArgs& a) {
+  const int64_t n = a.n, count = a.count;
   return whole_lines(8 * count) + whole_lines(VEC_BYTES * (count + 3)) +
          whole_lines(8 * count * staged(count)) + whole_lines(8 * n * staged(count)) +
-         whole_lines(n);
+         whole_lines(n) + packet_bytes(a);
 }
 
 static Workspace workspace(const SelectArgs& a, int64_t thread) {
-  char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a.n, a.count);
+  char* base = static_cast<char*>(a.scratch) + thread * scratch_bytes(a);
   char* buffer = base + whole_lines(8 * a.count);
   char* rows = buffer + whole_lines(VEC_BYTES * (a.count + 3));
   char* raw = rows + whole_lines(8 * a.count * staged(a.count));
@@ -279,7 +295,7 @@ static Workspace workspace(const SelectArgs& a, int64_t thread) {
   for (int64_t r = 0; r < a.n; ++r) used[r] = 0;
   if (a.mix_starts)
     for (int64_t e = 0; e < a.mix_starts[a.count]; ++e) used[a.mix_rows[e]] = 1;
-  return {reinterpret_cast<const char**>(base), buffer, rows, raw, used};
+  return {reinterpret_cast<const char**>(base), buffer, rows, raw, used, used + whole_lines(a.n)};
 }
 
 template <int D, class T>
@@ -325,8 +341,46 @@ static bool piece(const SelectArgs& a, const Plan& plan, const Workspace& w, int
   return bad;
 }
 
+// Coordinates begin .. end - 1 of packets, in one layer or several.
+static bool block(const SelectArgs& a, const Plan& plan, const Workspace& w, int64_t begin,
+                  int64_t end) {
+  const int64_t stride = row_stride(block_of(a));
+  const void** p = reinterpret_cast<const void**>(w.packets);
+  float* rows = reinterpret_cast<float*>(w.packets + whole_lines(8 * a.n));
+  decode_rows(a.packets, a.n, begin, end - begin, rows, stride, rows + a.n * stride);
+  bool bad = false;
+  for_pieces(a.starts, a.layers, begin, end,
+             [&](int64_t l, int64_t offset, int64_t first, int64_t m) {
+               for (int64_t r = 0; r < a.n; ++r) p[r] = rows + r * stride + first;
+               void* out = static_cast<float*>(a.out[l]) + offset;
+               SelectArgs one = a;
+               one.layers = 1;
+               one.rows = p;
+               one.out = &out;
+               bad |= piece<F32, float>(one, plan, w, 0, 0, m);
+             });
+  return bad;
+}
+
+static int select_packets(const SelectArgs& a, const Plan& plan) {
+  const int64_t size = block_of(a), total = a.starts[a.layers];
+  const int64_t blocks = (total + size - 1) / size;
+  int flags = 0;
+  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+    const Workspace w = workspace(a, thread);
+    const int64_t last = blocks * (thread + 1) / a.threads;
+    for (int64_t b = blocks * thread / a.threads; b < last; ++b) {
+      const int64_t end = b * size + size < total ? b * size + size : total;
+      if (block(a, plan, w, b * size, end))
+        __atomic_store_n(&flags, int(SELECT_NONFINITE), __ATOMIC_RELAXED);
+    }
+  });
+  return a.propagate ? 0 : flags;
+}
+
 static int select(const SelectArgs& a) {
   const Plan plan{a.op, a.median, a.count, a.f, a.keep};
+  if (a.packets) return select_packets(a, plan);
   a.first_tile[0] = 0;
   for (int64_t l = 0; l < a.layers; ++l)
     a.first_tile[l + 1] = a.first_tile[l] + (a.numel[l] + TILE - 1) / TILE;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "DTypeError",
+    "EpochError",
     "FlcoreError",
     "InvalidInputError",
     "MissingDependencyError",
@@ -42,6 +43,23 @@ class NonFiniteError(InvalidInputError):
 
 class PacketError(InvalidInputError):
     """A packet is truncated, corrupt, from another version, or larger than the limits allow."""
+
+
+class EpochError(PacketError):
+    """A packet does not follow the last one of its sender: the two sides no longer share a state.
+
+    Attributes
+    ----------
+    client : object
+        The sender.
+    expected, got : int
+        Packets that were taken from the sender, and packets that its state had produced before
+        this one.
+    """
+
+    def __init__(self, message: str, client: object, expected: int, got: int) -> None:
+        super().__init__(message)
+        self.client, self.expected, self.got = client, expected, got
 
 
 class MissingDependencyError(FlcoreError, ImportError):

@@ -44,6 +44,22 @@ static wire::Header header_of(const Case& c) {
   return h;
 }
 
+static FeedbackArgs feedback_of(int64_t numel, const std::vector<int64_t>& starts,
+                                const std::vector<int>& dtypes,
+                                const std::vector<const void*>& grads) {
+  FeedbackArgs args = {};
+  args.numel = numel;
+  args.layers = int64_t(grads.size());
+  args.starts = starts.data();
+  args.dtype = dtypes.data();
+  args.grads = grads.data();
+  args.a = 0.25f;
+  args.b = args.q = 1;
+  args.state_dtype = F32;
+  args.threads = 2;
+  return args;
+}
+
 static std::vector<uint8_t> encode(const Case& c, std::mt19937& random) {
   std::vector<int64_t> starts = {0};
   for (int64_t size : c.layers) starts.push_back(starts.back() + size);
@@ -66,16 +82,25 @@ static std::vector<uint8_t> encode(const Case& c, std::mt19937& random) {
     grads.push_back(keep.back()->data);
     dtypes.push_back(dtype);
   }
-  const std::unique_ptr<float[]> e(new float[size_t(c.numel)]()), h(new float[size_t(c.numel)]());
-  const SparsifyArgs args{c.numel,      int64_t(grads.size()), starts.data(),
-                          dtypes.data(), grads.data(),          c.e ? e.get() : nullptr,
-                          c.h ? h.get() : nullptr, 0.25f, 1.0f, 2};
-  const wire::Layout layout = wire::plan(c.numel, c.k, c.index, c.value_dtype, 0);
+  const auto floats = [&] { return std::unique_ptr<float[]>(new float[size_t(c.numel)]()); };
+  const auto e = floats(), spare = floats(), h = floats();
+  FeedbackArgs args = feedback_of(c.numel, starts, dtypes, grads);
+  args.h = args.h_new = c.h ? h.get() : nullptr;
+  wire::Header header = header_of(c);
+  header.numel = uint64_t(c.numel);
+  const wire::Layout layout = wire::plan_sparse(header, c.k, 0);
+  const int64_t segment[2] = {0, c.numel};
+  uint32_t tau = 0;
   std::vector<uint8_t> bytes;
-  for (int round = 0; round < 2; ++round) {
+  for (int round = 0; round < 3; ++round) {
+    if (c.e) {  // in place, then to a spare: with histograms, then with the carried threshold
+      args.e = round < 2 ? e.get() : spare.get();
+      args.e_new = round < 1 ? e.get() : round < 2 ? spare.get() : e.get();
+    }
     const Exact out(layout.total_bytes, c.shift);
-    const SparsifyPacket packet{c.k, header_of(c), nullptr, 0, out.data, layout.total_bytes};
-    EXPECT(sparsify(args, packet), "finite input");
+    const SparsePacket packet{header_of(c), nullptr, 0, out.data, layout.total_bytes};
+    const Selection selection{1, segment, &c.k, 0, 0, 0.9f, &tau};
+    EXPECT(sparsify(args, selection, packet) == layout.total_bytes, "finite input");
     bytes.assign(out.data, out.data + layout.total_bytes);
   }
   return bytes;
@@ -83,15 +108,14 @@ static std::vector<uint8_t> encode(const Case& c, std::mt19937& random) {
 
 // Decodes into two layers at an odd address, of both dtypes.
 static void decode(const wire::Packet& p, int shift, bool add) {
-  const int64_t numel = p.layout.numel, first = numel / 3;
+  const int64_t numel = int64_t(p.header.numel), first = numel / 3;
   const int64_t starts[3] = {0, first, numel};
   const int dtypes[2] = {F32, F64};
   const Exact low(4 * first, shift), high(8 * (numel - first), shift);
   std::memset(low.data, 0, size_t(4 * first));
   std::memset(high.data, 0, size_t(8 * (numel - first)));
   void* out[2] = {low.data, high.data};
-  const SparseView view{p.data + p.layout.indices_at, p.data + p.layout.values_at, p.starts.data(),
-                        0.5,  p.header.index == wire::BITMASK, p.header.value_dtype};
+  const PacketView view = p.view(0.5);
   const DecodeArgs args{numel, 1, &view, 2, starts, dtypes, out, 2};
   (add ? cpu().decode->add : cpu().decode->dense)(args);
 }
@@ -101,7 +125,7 @@ static std::vector<uint8_t> round_trip(const Case& c, std::mt19937& random) {
   const Exact copy(int64_t(bytes.size()), c.shift);
   std::memcpy(copy.data, bytes.data(), bytes.size());
   const wire::Packet p = wire::parse(copy.data, bytes.size(), wire::Limits());
-  EXPECT(p.layout.k == c.k && p.layout.numel == c.numel && p.header.round == 7, "header");
+  EXPECT(p.k == c.k && int64_t(p.header.numel) == c.numel && p.header.round == 7, "header");
   decode(p, c.shift, true);
   decode(p, c.shift, false);
   return bytes;
@@ -187,14 +211,15 @@ int main(int argc, char** argv) {
   const int64_t numel = 5000;
   std::unique_ptr<float[]> bad(new float[size_t(numel)]());
   bad[numel - 1] = std::numeric_limits<float>::infinity();
-  const int64_t starts[2] = {0, numel};
-  const int dtype = F32;
-  const void* grads = bad.get();
-  const wire::Layout layout = wire::plan(numel, 5, wire::TILE16, F32, 0);
-  const Exact out(layout.total_bytes, 1);
-  const SparsifyArgs args{numel, 1, starts, &dtype, &grads, nullptr, nullptr, 1, 1, 2};
-  EXPECT(!sparsify(args, {5, wire::Header(), nullptr, 0, out.data, layout.total_bytes}), "inf");
-  for (int64_t i = 0; i < layout.total_bytes; ++i) EXPECT(out.data[i] == 0xA5, "byte %ld", long(i));
+  const std::vector<int64_t> starts = {0, numel};
+  const std::vector<int> dtype = {F32};
+  const std::vector<const void*> grads = {bad.get()};
+  const int64_t k = 5, total = 1024;
+  const Exact out(total, 1);
+  const Selection selection{1, starts.data(), &k, 0, 0, 0.9f, nullptr};
+  const SparsePacket packet{wire::Header(), nullptr, 0, out.data, total};
+  EXPECT(sparsify(feedback_of(numel, starts, dtype, grads), selection, packet) == -1, "inf");
+  for (int64_t i = 0; i < total; ++i) EXPECT(out.data[i] == 0xA5, "byte %ld", long(i));
   fuzz(seeds, argc > 1 ? std::atoll(argv[1]) : 20000);
   std::printf("ok %s\n", cpu().name);
 }

@@ -71,7 +71,6 @@ static void statistics(int64_t n, const std::vector<int64_t>& numel, int dtype, 
       out.emplace_back(size * dtype_bytes(dtype), shift);
       to.push_back(out.back().data);
     }
-    Block scratch(2 * cpu().select->scratch(n, n) + 64);
     SelectArgs a{};
     a.n = a.count = n;
     a.layers = layers;
@@ -88,6 +87,7 @@ static void statistics(int64_t n, const std::vector<int64_t>& numel, int dtype, 
     a.out = to.data();
     a.threads = 2;
     a.first_tile = first_tile.data();
+    Block scratch(2 * cpu().select->scratch(a) + 64);
     a.scratch = aligned(scratch);
     EXPECT(cpu().select->select(a) == 0, "finite rows were flagged");
     if (n % 2 == 0 && op != SELECT_MEDIAN) continue;  // trims to the two middle values
@@ -107,7 +107,6 @@ static void distances(int64_t n, const std::vector<int64_t>& numel, int dtype, i
   std::vector<int64_t> starts{0}, first_chunk(size_t(layers + 1));
   for (int64_t size : numel) starts.push_back(starts.back() + size);
   std::vector<int64_t> sums(size_t(layers * entries * gram_words(wide)));
-  Block scratch(2 * cpu().gram->scratch(n, wide) + 64);
   GramArgs a{};
   a.n = n;
   a.layers = a.segments = layers;
@@ -119,6 +118,7 @@ static void distances(int64_t n, const std::vector<int64_t>& numel, int dtype, i
   a.sums = sums.data();
   a.threads = 2;
   a.first_chunk = first_chunk.data();
+  Block scratch(2 * cpu().gram->scratch(a) + 64);
   a.scratch = aligned(scratch);
   cpu().gram->gram(a);
   const ExactForm form = gram_form(wide);

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,11 +32,16 @@ class Job:
     memory : dict
         What the codec itself remembers between packets of one encoder (a threshold, the factors of
         a low-rank form): arrays and plain values by name, saved with the state of the encoder.
-        Changed only when the packet is finished.
+        Changed only when the packet is finished, and empty at the first packet of a new state.
     round, seed, epoch, flags : int
         Header fields.
     tensors : bytes
         Tensor table, or nothing.
+    client : int
+        Number of the client, for codecs whose seed is shared: they draw from streams of their own
+        what the others need not know.
+    options : mapping
+        What the caller of :meth:`Encoder.encode` gave for this packet alone.
     """
 
     update: Any
@@ -49,6 +54,8 @@ class Job:
     epoch: int
     flags: int
     tensors: bytes
+    client: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def header(self) -> dict[str, Any]:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flcore import _arrays, _updates
-from flcore.compression._feedback import EF14, EControl
+from flcore._state import State
+from flcore.compression._client_state import (
+    WORD,
+    check_layer,
+    flat_float32,
+    mix_seed,
+    read_memory,
+    read_state,
+    scale_factor,
+    to_bfloat16,
+)
+from flcore.compression._codec import Codec, Job
+from flcore.compression._feedback import Factors, Feedback
 from flcore.compression._packet import Packet
 from flcore.compression._topk import TopK
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops.sparsify import sparsify
+from flcore.reference import feedback as reference
 from flcore.reference import wire, wire_writer
 
 __all__ = ["Encoder"]
+
+STATE_DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
+_DENSE = TopK(ratio=1.0)
 
 
 class Encoder:
@@ -22,38 +38,52 @@ class Encoder:
 
     Parameters
     ----------
-    codec : TopK
+    codec : codec
         What is sent, and how.
-    feedback : EF14, EControl or None
+    feedback : EF14, EF21, EControl, DGC or None
         What is remembered of the rest.
     like : update
         An array, or a list, tuple or dict of arrays of float64, float32, float16 or bfloat16 on the
         CPU; every update must be alike in structure, shapes and dtypes. Only read for those.
     nonfinite : {"raise", "skip"}
         What a NaN or an infinity in an update does: raise, or send an empty packet with the
-        non-finite flag set. The state is unchanged either way.
+        non-finite flag set (a sparse one without entries, whatever the codec, which decodes to
+        zeros). The state is unchanged either way.
     tensor_table : bool
         Write names (as hashes) and shapes of the layers into every packet, 64 bytes a layer.
+    client : int, optional
+        Number of this client, mixed into the seed of every packet, so that clients that are given
+        one seed round independently. Codecs whose packets are summed before they are decoded share
+        the seed as it is.
+    start : {"zero", "dense"}
+        First estimate h of `EControl` and `EF21`: 0, or the first update itself, which then goes
+        out as a dense float32 packet with the resync flag. "zero" costs a few rounds in which H is
+        still small, "dense" 4 bytes a coordinate once.
+    state_dtype : {"float32", "bfloat16"}
+        Type of e and v; h, which both sides must agree on, is always float32. bfloat16 is rounded
+        stochastically with random numbers of the packet's seed and round: give a new round to every
+        call.
+    in_place : bool
+        Keep no second copy of the state. A call that fails must leave the state as it was, which
+        takes either that copy or a pass over the update and the state that only looks for values
+        that are not finite: 4 to 8 bytes a coordinate less memory for one more reading pass.
 
     Attributes
     ----------
     numel : int
         Number of coordinates d of an update.
-    k : int
-        Number of entries a packet holds.
-    e, h : (d,) float32 arrays or None
-        The state: what was not sent yet, and what the server believes.
     epoch : int
         Packets that this state has produced: 0 for fresh state, and written into every packet. A
         server that counts the packets it took from a client finds, by comparing the two, lost and
         repeated packets (the counts differ) and clients that lost their state (0 again) or took an
-        old one (a smaller count); sums of increments (EControl) must then be resynchronised.
-        Skipped updates do not change the state and do not count. Counts modulo 2**32.
+        old one (a smaller count): see `ControlledSum`. Skipped updates do not change the state and
+        do not count. Counts modulo 2**32.
 
     Notes
     -----
-    Memory: 4 bytes a coordinate for EF14, 8 for EControl. Cost of `encode`: see
-    :func:`flcore.ops.sparsify.sparsify`. Calls must not overlap in time.
+    State: 4 bytes a coordinate for each vector that the error control keeps, twice that for e and
+    v (and for h with a codec that sends every coordinate) unless `in_place`. Calls must not
+    overlap in time. Raises `InvalidInputError` or `DTypeError` where an argument cannot be used.
 
     Examples
     --------
@@ -69,46 +99,93 @@ class Encoder:
 
     def __init__(
         self,
-        codec: TopK,
-        feedback: EF14 | EControl | None = None,
+        codec: Codec,
+        feedback: Feedback | None = None,
         *,
         like: Any,
         nonfinite: str = "raise",
         tensor_table: bool = False,
+        client: int | None = None,
+        start: str = "zero",
+        state_dtype: str = "float32",
+        in_place: bool = False,
     ) -> None:
-        if not isinstance(codec, TopK):
-            raise DTypeError(f"codec: expected TopK, got {type(codec).__name__}")
-        if feedback is not None and not isinstance(feedback, EF14 | EControl):
+        if not isinstance(codec, Codec):
+            raise DTypeError(f"codec: expected a codec such as TopK, got {type(codec).__name__}")
+        if feedback is not None and not isinstance(feedback, Feedback):
             raise DTypeError(
-                f"feedback: expected EF14, EControl or None, got {type(feedback).__name__}"
+                "feedback: expected an error control such as EF14 or EControl, or None, got "
+                f"{type(feedback).__name__}"
             )
-        if nonfinite not in ("raise", "skip"):
-            raise InvalidInputError(f"nonfinite: expected raise or skip, got {nonfinite!r}")
+        for name, value, known in (
+            ("nonfinite", nonfinite, ("raise", "skip")),
+            ("start", start, ("zero", "dense")),
+            ("state_dtype", state_dtype, tuple(STATE_DTYPES)),
+        ):
+            if value not in known:
+                raise InvalidInputError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+        kept = feedback.kept if feedback else ()
+        if start == "dense" and "h" not in kept:
+            raise InvalidInputError(
+                "start: 'dense' sets the estimate h, which only EControl and EF21 keep"
+            )
+        if client is not None and (
+            isinstance(client, bool) or not isinstance(client, int) or not 0 <= client <= WORD
+        ):
+            raise InvalidInputError(f"client: expected an integer from 0 below 2**64, got {client}")
         self.codec, self.feedback, self.nonfinite = codec, feedback, nonfinite
+        self.client, self.start, self.in_place = client, start, in_place
         self._layout, layers = _updates.flatten(like, "like")
         for i, x in enumerate(layers):
-            label = self._layout.label("like", i)
-            if not _arrays.is_float(x):
-                raise DTypeError(
-                    f"{label}: expected {_arrays.FLOATS}, got {_arrays.dtype_name(x)}; "
-                    "leave integer buffers out of a compressed update"
-                )
-            if _arrays.device_of(x) != "cpu":
-                raise DTypeError(
-                    f"{label}: expected an array on the CPU, got {_arrays.device_of(x)}"
-                )
+            check_layer(x, self._layout.label("like", i))
+        self._shapes = tuple(tuple(x.shape) for x in layers)
+        codec.check(self._shapes)
         self.numel = sum(_arrays.numel(x) for x in layers)
-        self.k = codec.count(self.numel)
         self.epoch = 0
-        states = feedback.states if feedback else ()
-        self.e = np.zeros(self.numel, np.float32) if "e" in states else None
-        self.h = np.zeros(self.numel, np.float32) if "h" in states else None
+        dtypes = {name: STATE_DTYPES[state_dtype] for name in ("e", "v")} | {"h": np.float32}
+        self._state = State(**{name: np.zeros(self.numel, dtypes[name]) for name in kept})
+        self._memory: dict[str, dict[str, Any]] = {}
         self._tensors = b""
         if tensor_table:
             names = ["" if key is None else str(key) for key in self._layout.keys]
-            self._tensors = wire_writer.pack_tensors(names, [tuple(x.shape) for x in layers])
+            self._tensors = wire_writer.pack_tensors(names, list(self._shapes))
 
-    def encode(self, update: Any, round: int = 0, seed: int = 0) -> Packet:
+    @property
+    def e(self) -> np.ndarray | None:
+        """What was not sent yet, (d,) float32; None where the error control keeps none.
+
+        The array itself, good until the next call, or a copy where the state is bfloat16. The same
+        holds for `h` and `v`.
+        """
+        return None if self._state.e is None else reference.from_state(self._state.e)
+
+    @property
+    def h(self) -> np.ndarray | None:
+        """What the server believes this client's update to be, (d,) float32, or None."""
+        return self._state.h
+
+    @property
+    def v(self) -> np.ndarray | None:
+        """Momentum, (d,) float32, or None."""
+        return None if self._state.v is None else reference.from_state(self._state.v)
+
+    @property
+    def k(self) -> int:
+        """Number of entries that a packet holds: all d unless the codec selects."""
+        count = getattr(self.codec, "count", None)
+        return self.numel if count is None else int(count(self.numel))
+
+    # ---- packets -------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        update: Any,
+        round: int = 0,
+        seed: int = 0,
+        *,
+        codec: Codec | None = None,
+        norm: Any = None,
+    ) -> Packet:
         """Compress one update and move the state on.
 
         Parameters
@@ -116,7 +193,13 @@ class Encoder:
         update : update
             Alike to the one given at construction; may be read-only or not contiguous.
         round, seed : int
-            Written into the header; 0 to 2**64 - 1.
+            Written into the header (the seed with the client's number mixed in); 0 to 2**64 - 1.
+        codec : codec, optional
+            For this packet in the place of the encoder's own: another density while warming up,
+            say. What codecs remember is kept apart by their names.
+        norm : array, optional
+            What the server answered to the norms of all clients, for codecs that agree on a scale
+            before they encode; see :meth:`norm`.
 
         Raises
         ------
@@ -127,65 +210,178 @@ class Encoder:
 
         In each case the state is unchanged.
         """
-        layers = self._layout.layers(update, "update")
-        a, b = self.feedback.factors(self.k, self.numel) if self.feedback else (1.0, 1.0)
-        flags = self.feedback.flags if self.feedback else 0
+        used = self.codec if codec is None else codec
+        if self.start == "dense" and self.epoch == 0:
+            used = _DENSE
+        job = self._job(update, round, seed, used, norm)
         try:
-            data = sparsify(
-                self._layout.build(layers),
-                k=self.k,
-                e=self.e,
-                h=self.h,
-                a=a,
-                b=b,
-                values=self.codec.values,
-                index=self.codec.index_coding(self.numel),
-                round=round,
-                seed=seed,
-                epoch=self.epoch,
-                flags=flags,
-                tensors=self._tensors,
-            )
+            data = used.encode(job)
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
-            return self._empty_packet(round, seed, flags | wire.FLAG_NONFINITE)
+            return self._empty_packet(job)
+        if job.memory:
+            self._memory[used.name] = job.memory
         self.epoch = (self.epoch + 1) % 2**32
         return Packet(data, trusted=True)
 
-    def _empty_packet(self, round: int, seed: int, flags: int) -> Packet:
+    def norm(self, update: Any, round: int = 0, seed: int = 0) -> np.ndarray:
+        """Return what a codec that agrees on a scale sends ahead of the packet; changes nothing.
+
+        Raises
+        ------
+        InvalidInputError
+            The codec needs no such agreement.
+        """
+        find = getattr(self.codec, "norm", None)
+        if find is None:
+            raise InvalidInputError(f"codec: {type(self.codec).__name__} has no norm to agree on")
+        return find(self._job(update, round, seed, self.codec, None))
+
+    def resync(self, round: int = 0, seed: int = 0) -> Packet:
+        """Return h as a dense float32 packet with the resync flag; the state is unchanged.
+
+        It stands for all packets so far, and replaces what a receiver that lost count has: see
+        `ControlledSum` and `Replica`. Its epoch is that of the last of them, modulo 2**32.
+
+        Raises
+        ------
+        InvalidInputError
+            The error control keeps no h: there is nothing that a receiver could lose.
+        """
+        if self._state.h is None:
+            raise InvalidInputError("resync: only EControl and EF21 keep an h to send")
+        epoch = (self.epoch - 1) % 2**32
+        job = self._make_job(self._state.h, State(), _DENSE, wire.FLAG_RESYNC, round, seed, epoch)
+        return Packet(_DENSE.encode(job), trusted=True)
+
+    def _job(self, update: Any, round: int, seed: int, codec: Codec, norm: Any) -> Job:
+        """Check an update and set the state up for it."""
+        if not isinstance(codec, Codec):
+            raise DTypeError(f"codec: expected a codec such as TopK, got {type(codec).__name__}")
+        if codec is not self.codec:
+            codec.check(self._shapes)
+        update = self._layout.build(self._layout.layers(update, "update"))
+        state, flags = self._state, 0
+        factors = Factors()
+        if codec is _DENSE:
+            flags = wire.FLAG_RESYNC
+        elif self.feedback is not None:
+            factors = self.feedback.factors(codec, self.numel, self.epoch)
+            flags = self.feedback.flags
+        state.a, state.b, state.p, state.q, state.mask = factors
+        if not self.in_place:
+            for name, x in state.buffers().items():
+                if name == "h" and not codec.dense_state:
+                    state.spare.pop("h", None)
+                elif name not in state.spare:
+                    state.spare[name] = np.empty_like(x)
+        job = self._make_job(update, state, codec, flags, round, seed, self.epoch)
+        return job if norm is None else replace(job, options={"norm": norm})
+
+    def _make_job(
+        self, update: Any, state: State, codec: Codec, flags: int, round: int, seed: int, epoch: int
+    ) -> Job:
+        for name, number in (("round", round), ("seed", seed)):
+            if isinstance(number, bool) or not 0 <= number <= WORD:
+                raise InvalidInputError(f"{name}: expected 0 <= {name} < 2**64, got {number}")
+        if self.client is not None and not codec.shared_seed:
+            seed = mix_seed(seed, self.client)
+        return Job(
+            update=update,
+            shapes=self._shapes,
+            numel=self.numel,
+            state=state,
+            memory=dict(self._memory.get(codec.name, {})),
+            round=round,
+            seed=seed,
+            epoch=epoch,
+            flags=flags,
+            tensors=self._tensors,
+            client=self.client or 0,
+        )
+
+    def _empty_packet(self, job: Job) -> Packet:
+        header = job.header
+        header["flags"] = job.flags & ~wire.FLAG_RESYNC | wire.FLAG_NONFINITE
         data = wire_writer.build(
             np.empty(0, np.int64),
             np.empty(0, np.uint32),
             numel=self.numel,
-            values=self.codec.values,
+            values="float32",
             index="tile16",
-            round=round,
-            seed=seed,
-            epoch=self.epoch,
-            flags=flags,
-            tensors=self._tensors,
+            **header,
         )
         return Packet(np.frombuffer(data, np.uint8), trusted=True)
 
     # ---- state ---------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything: e, h and epoch become 0."""
-        for state in (self.e, self.h):
-            if state is not None:
-                state.fill(0)
+        """Forget everything: e, h, v, what the codec remembers, and epoch become 0."""
+        for x in self._state.buffers().values():
+            x.fill(0)
+        self._memory = {}
         self.epoch = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state: NumPy arrays "e" and "h" where kept, and plain values.
+    def start_at(self, values: Any) -> None:
+        """Start anew with an estimate h that the receiver has too, such as the first global model.
 
-        An encoder that loads it goes on bit for bit. Codec and `like` are not part of it.
+        Parameters
+        ----------
+        values : update
+            Alike to the updates; rounded to float32. The receiver must start from the same.
+
+        Raises
+        ------
+        InvalidInputError, DTypeError
+            The error control keeps no h, or the values do not fit or are not finite.
         """
-        return {
-            name: value.copy() if isinstance(value, np.ndarray) else value
-            for name, value in self._state().items()
-        }
+        if self._state.h is None:
+            raise InvalidInputError("start_at: only EControl and EF21 keep an h")
+        flat = flat_float32(self._layout.layers(values, "values"))
+        if not np.isfinite(flat).all():
+            raise NonFiniteError("values: expected finite float32 values")
+        self.reset()
+        np.copyto(self._state.h, flat)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply e, h and v by `factor`, rounded to float32.
+
+        State lives in the units of an update. Where those change, because updates are the change
+        of a model over local steps of another learning rate, the factor is new rate / old rate.
+        A server that keeps H rescales it by the same factor (`ControlledSum.rescale`), once for all
+        clients; a client that was away catches up with the product of what it missed. Its h and
+        the server's record of it then differ by roundings, unless the factors are powers of two.
+
+        Raises
+        ------
+        InvalidInputError
+            `factor` is not a positive finite number, or some product is not finite; the state is
+            unchanged.
+        """
+        scale = scale_factor(factor)
+        new = {}
+        for name, x in self._state.buffers().items():
+            with np.errstate(over="ignore"):
+                product = reference.from_state(x) * scale
+            if not np.isfinite(product).all():
+                raise NonFiniteError(f"factor: {name} times {factor} overflows float32")
+            new[name] = product
+        for name, product in new.items():
+            x = getattr(self._state, name)
+            np.copyto(x, product if x.dtype == np.float32 else to_bfloat16(product))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state: arrays "e", "h" and "v" where kept, and plain values.
+
+        What the codec remembers is there as ``codec.<codec>.<name>``. bfloat16 arrays are their
+        bits as uint16. An encoder that loads it goes on bit for bit. Settings and `like` are not
+        part of it.
+        """
+        found = self._plain() | dict(self._state.buffers())
+        for codec, memory in self._memory.items():
+            found |= {f"codec.{codec}.{name}": value for name, value in memory.items()}
+        return {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in found.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned, epoch included.
@@ -196,37 +392,15 @@ class Encoder:
             It belongs to another error control or size, or holds values that are not finite; the
             encoder is unchanged.
         """
-        mine = self._state()
-        if state.keys() != mine.keys():
-            raise InvalidInputError(f"state: expected the keys {sorted(mine)}, got {sorted(state)}")
-        for name in ("feedback", "numel"):
-            if state[name] != mine[name]:
-                raise InvalidInputError(
-                    f"state[{name!r}]: expected {mine[name]!r}, got {state[name]!r}"
-                )
-        epoch = int(state["epoch"])
-        if not 0 <= epoch < 2**32:
-            raise InvalidInputError(f"state['epoch']: expected 0 to 2**32 - 1, got {epoch}")
-        arrays = {}
-        for name in self.feedback.states if self.feedback else ():
-            array = np.asarray(state[name])
-            if array.dtype != np.float32 or array.shape != (self.numel,):
-                raise InvalidInputError(
-                    f"state[{name!r}]: expected float32 of shape ({self.numel},), "
-                    f"got {array.dtype} of shape {array.shape}"
-                )
-            if not np.isfinite(array).all():
-                raise InvalidInputError(f"state[{name!r}]: expected finite values")
-            arrays[name] = array
+        epoch, arrays = read_state(state, self._plain(), self._state.buffers())
+        memory = read_memory(state)
         for name, array in arrays.items():
-            np.copyto(getattr(self, name), array)
-        self.epoch = epoch
+            np.copyto(getattr(self._state, name), array)
+        self._memory, self.epoch = memory, epoch
 
-    def _state(self) -> dict[str, Any]:
-        names = self.feedback.states if self.feedback else ()
+    def _plain(self) -> dict[str, Any]:
         return {
             "feedback": self.feedback.name if self.feedback else "none",
             "numel": self.numel,
             "epoch": self.epoch,
-            **{name: getattr(self, name) for name in names},
         }

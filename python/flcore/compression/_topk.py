@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from flcore.compression._settings import Settings
+import numpy as np
+
+from flcore.compression._codec import Codec, Job
 from flcore.errors import InvalidInputError
+from flcore.ops.sparsify import sparsify
 from flcore.reference import wire
 
 __all__ = ["TopK"]
 
 
 @dataclass(frozen=True)
-class TopK(Settings):
+class TopK(Codec):
     """Keep the k entries of largest magnitude; ties go to the smaller index.
 
     Parameters
@@ -49,8 +52,8 @@ class TopK(Settings):
     k: int | None = None
     values: str = "float32"
     index: str = "auto"
-    family: ClassVar[str] = "codec"
     name: ClassVar[str] = "topk"
+    dense_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.k is None):
@@ -83,3 +86,18 @@ class TopK(Settings):
         if self.index != "auto":
             return self.index
         return "bitmask" if 16 * self.count(numel) > numel else "tile16"
+
+    def eta(self, numel: int) -> float:
+        """Return k/d."""
+        return self.count(numel) / max(numel, 1)
+
+    def encode(self, job: Job) -> np.ndarray:
+        """Return the packet and move the state on."""
+        return sparsify(
+            job.update,
+            k=self.count(job.numel),
+            state=job.state,
+            values=self.values,
+            index=self.index_coding(job.numel),
+            **job.header,
+        )

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
+from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.reference import sparsify as reference
 from flcore.reference import wire, wire_writer
 
 __all__ = ["sparsify"]
 
+SLACK = 0.9
+"""Part of the last threshold that candidates must reach: 1.6 to 1.8 k of them on drifting data."""
+
 
 def sparsify(
     update: Any,
     *,
-    k: int,
-    e: np.ndarray | None = None,
-    h: np.ndarray | None = None,
-    a: float = 1.0,
-    b: float = 1.0,
+    k: int | np.ndarray,
+    segments: np.ndarray | None = None,
+    floor: float = 0.0,
+    rank: int = 0,
+    tau: np.ndarray | None = None,
+    slack: float = SLACK,
+    state: State | None = None,
     values: str = "float32",
     index: str = "tile16",
     round: int = 0,
@@ -33,32 +40,41 @@ def sparsify(
     tensors: bytes = b"",
     variant: str | None = None,
 ) -> np.ndarray:
-    """Select the k largest entries of ``u = (a e + g) - h``, encode them, update e and h.
+    """Select the k entries of largest magnitude, encode them, move the state on.
 
-    With ``t = (b e + g) - h`` and D what a receiver decodes (0 where nothing is sent)::
+    u is the update with what the client remembers, and D what a receiver decodes, 0 where nothing
+    is sent (:class:`flcore._state.State`). Exactly k entries: larger ``|u|`` first, then the
+    smaller index; indices in the packet increase. Packet and state are the same bits for every
+    variant, level and thread count.
 
-        e <- t - D,   h <- h + D
-
-    EControl is ``a=eta, b=1`` with e and h; error feedback (EF14) is ``a=b=decay`` with e alone;
-    EF21 is h alone; plain top-k has neither. Everything is float32, in the order written, without
-    fma. Exactly k entries: larger ``|u|`` first, then the smaller index; indices in the packet
-    increase. Packet and state are the same bits for every variant, level and thread count.
-
-    Reads g, e, h twice and writes e once: 28 bytes a coordinate for EControl in float32 (20 for
-    EF14, 8 for plain top-k), more passes only when more than 2 k + 4096 keys share the 11 leading
-    bits with the k-th.
+    With histograms, two passes: g, e, h are read twice and e is written once, 28 bytes a coordinate
+    for EControl in float32 (20 for EF14, 8 for plain top-k). With a carried threshold `tau` and
+    spares for e and v, one pass: 16 (12, 4). If fewer than k entries reach ``slack * tau``, or more
+    than 4 k + 4096, the two passes follow: the result is the same. A pass more when over 2 k + 4096
+    keys share the 11 leading bits with the k-th. Segments of at most 65,536 coordinates are
+    selected in cache, in one pass.
 
     Parameters
     ----------
     update : array, or list, tuple or dict of arrays
         g: float64, float32, float16 or bfloat16, on the CPU. Layers are read where they lie; a
         coordinate's index counts through the layers in order.
-    k : int
-        1 <= k <= d; 0 when the update is empty.
-    e, h : (d,) float32 arrays, optional
-        State, updated in place. Contiguous and writable; must not overlap each other or `update`.
-    a, b : float
-        Factors of e, rounded to float32.
+    k : int or (segments,) int64 array
+        1 <= k <= d, in each segment; 0 when there are no coordinates.
+    segments : (segments + 1,) int64 array, optional
+        First coordinate of each segment, then d; each is selected by itself. One segment otherwise.
+    floor : float
+        Entries with ``|u|`` below it are not sent, even when fewer than k remain. One segment only.
+    rank : int
+        Which entry's magnitude `tau` receives, at most k; 0: the k-th. One segment only.
+    tau : (segments,) uint32 array, optional
+        Thresholds of the last call as ``bits(|u|)`` of the k-th entry, 0 where there was none: a
+        guess that saves a pass. Receives those of this call, 0 where they lie below the floor.
+    slack : float
+        Part of tau that candidates must reach, >= 0.
+    state : State, optional
+        Memory of the client, None for none. e and v are written to their spares, else in place;
+        h changes in place at the entries that are sent, its spare is not used.
     values : {"float32", "float16", "bfloat16"}
         Type of the values on the wire: nearest even; a finite value too large for the type becomes
         the largest finite one.
@@ -83,18 +99,18 @@ def sparsify(
     DTypeError
         A layer or a state of a type that cannot be read.
     NonFiniteError
-        A value of t or u is a NaN or an infinity; nothing is written.
+        A value of t or u is a NaN or an infinity; the state is as it was.
 
     References
     ----------
     Gao, Islamov, Stich, "EControl", ICLR 2024, arXiv 2311.05645. Stich et al., "Sparsified SGD with
-    Memory", NeurIPS 2018, arXiv 1809.07599.
+    Memory", NeurIPS 2018, arXiv 1809.07599. Carried threshold and radix select after "Parallel
+    Top-K Algorithms on GPU", SC 2023, doi 10.1145/3581784.3607062.
     """
     layout, layers = _updates.flatten(update)
     views = layout.views(layers, "update")
     numel = sum(v.numel for v in views)
-    if isinstance(k, bool) or not isinstance(k, int) or not (numel > 0) <= k <= numel:
-        raise InvalidInputError(f"k: expected an integer from {int(numel > 0)} to {numel}, got {k}")
+    starts, counts = _check_segments(k, segments, numel)
     for name, value, known in (
         ("values", values, wire.VALUE_DTYPES),
         ("index", index, wire.INDEX_CODINGS),
@@ -111,10 +127,19 @@ def sparsify(
             raise InvalidInputError(f"{name}: expected 0 <= {name} < 2**{bits}, got {number}")
     if len(tensors) % 64:
         raise InvalidInputError(f"tensors: expected a multiple of 64 bytes, got {len(tensors)}")
-    _check_state(e, "e", numel)
-    _check_state(h, "h", numel)
-    if e is not None and h is not None and np.may_share_memory(e, h):
-        raise InvalidInputError("e and h: expected two arrays that do not overlap")
+    if not (0 <= floor <= _LARGEST and 0 <= slack <= _LARGEST):
+        raise InvalidInputError(
+            f"floor, slack: expected finite numbers >= 0, got {floor!r} and {slack!r}"
+        )
+    if counts.size != 1 and (floor or rank):
+        raise InvalidInputError(f"floor, rank: expected one segment, got {counts.size}")
+    if not 0 <= rank <= int(counts.sum()):
+        raise InvalidInputError(f"rank: expected 0 to k, got {rank}")
+    _check_tau(tau, counts.size)
+    before = state or State()
+    before.check(numel)
+    # h changes at the entries alone, so its spare would only have to be made equal
+    inner = replace(before, spare={n: x for n, x in before.spare.items() if n != "h"})
     devices = {v.device for v in views}
     device = next((d for d in devices if d != "cpu"), "cpu")
     fields = {
@@ -125,23 +150,68 @@ def sparsify(
         "flags": flags,
     }
     packet = _variants.choose("sparsify", device, variant)(
-        views, k=k, e=e, h=h, a=a, b=b, values=values, index=index, tensors=tensors, fields=fields
+        views,
+        state=inner,
+        starts=starts,
+        k=counts,
+        floor=int(reference.keys(np.array([floor], np.float32))[0]),
+        rank=rank,
+        tau=tau,
+        slack=slack,
+        values=values,
+        index=index,
+        tensors=tensors,
+        fields=fields,
     )
     if packet is None:
         raise NonFiniteError(_find_nonfinite(views, layout))
+    before.e, before.v = inner.e, inner.v
+    before.spare.update(inner.spare)
     return packet
 
 
-def _check_state(x: np.ndarray | None, name: str, numel: int) -> None:
-    if x is None:
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _check_segments(
+    k: Any, segments: np.ndarray | None, numel: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return first coordinates and counts of the segments as int64 arrays."""
+    if segments is None:
+        if isinstance(k, bool) or not isinstance(k, int) or not (numel > 0) <= k <= numel:
+            raise InvalidInputError(
+                f"k: expected an integer from {int(numel > 0)} to {numel}, got {k}"
+            )
+        return np.array([0, numel], np.int64), np.array([k], np.int64)
+    for name, x in (("segments", segments), ("k", k)):
+        if not isinstance(x, np.ndarray) or x.dtype != np.int64 or x.ndim != 1:
+            got = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+            raise DTypeError(f"{name}: expected a 1-D int64 array, got {got}")
+    starts, counts = np.ascontiguousarray(segments), np.ascontiguousarray(k)
+    if starts.size != counts.size + 1:
+        raise InvalidInputError(f"k: expected {starts.size - 1} counts, got {counts.size}")
+    length = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != numel or (length < 0).any():
+        raise InvalidInputError(f"segments: expected coordinates that rise from 0 to {numel}")
+    wrong = np.flatnonzero((counts < (length > 0)) | (counts > length))
+    if wrong.size:
+        s = wrong[0]
+        raise InvalidInputError(
+            f"k[{s}]: expected {int(length[s] > 0)} to {length[s]}, got {counts[s]}"
+        )
+    return starts, counts
+
+
+def _check_tau(tau: np.ndarray | None, segments: int) -> None:
+    if tau is None:
         return
-    if not isinstance(x, np.ndarray) or x.dtype != np.float32 or not x.dtype.isnative:
-        got = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
-        raise DTypeError(f"{name}: expected a float32 NumPy array, got {got}")
-    if x.shape != (numel,):
-        raise InvalidInputError(f"{name}: expected shape ({numel},), got {x.shape}")
-    if not (x.flags.c_contiguous and x.flags.aligned and x.flags.writeable):
-        raise InvalidInputError(f"{name}: expected a contiguous, aligned, writable array")
+    if not isinstance(tau, np.ndarray) or tau.dtype != np.uint32:
+        got = tau.dtype if isinstance(tau, np.ndarray) else type(tau).__name__
+        raise DTypeError(f"tau: expected a uint32 array, got {got}")
+    if tau.shape != (segments,) or not (tau.flags.c_contiguous and tau.flags.writeable):
+        raise InvalidInputError(
+            f"tau: expected a contiguous, writable array of shape ({segments},), got {tau.shape}"
+        )
 
 
 def _source_dtype(views: Sequence[View]) -> str:
@@ -163,8 +233,8 @@ def _find_nonfinite(views: Sequence[View], layout: _updates.Layout) -> str:
                 f"got {g[at]} at flat position {at}; nothing was encoded and no state changed"
             )
     return (
-        "update: finite, but with the state e and h it overflows float32; nothing was encoded "
-        "and no state changed"
+        "update: finite, but with the state it overflows float32; nothing was encoded and no state "
+        "changed"
     )
 
 
@@ -176,56 +246,64 @@ def _float32(v: View) -> np.ndarray:
 # ---- variants ----------------------------------------------------------------------------------
 
 
-def _address(x: np.ndarray | None) -> int:
-    return _arrays.address(x) if x is not None else 0
-
-
 def _cpu(
     views: Sequence[View],
     *,
-    k: int,
-    e: np.ndarray | None,
-    h: np.ndarray | None,
-    a: float,
-    b: float,
+    state: State,
+    starts: np.ndarray,
+    k: np.ndarray,
+    floor: int,
+    rank: int,
+    tau: np.ndarray | None,
+    slack: float,
     values: str,
     index: str,
     tensors: bytes,
     fields: dict[str, Any],
 ) -> np.ndarray | None:
-    numel = sum(v.numel for v in views)
-    rows = np.frombuffer(tensors, np.uint8)
-    out = np.empty(wire_writer.packet_nbytes(numel, k, index, values, len(tensors) // 64), np.uint8)
-    finite = _native.core.sparsify(
+    numel, rows = int(starts[-1]), np.frombuffer(tensors, np.uint8)
+    capacity = wire_writer.packet_nbytes(numel, int(k.sum()), index, values, len(tensors) // 64)
+    out = np.empty(capacity, np.uint8)
+    nbytes = _native.core.sparsify(
         layers=[v.ptr for v in views],
         numel=[v.numel for v in views],
         dtype=[v.code for v in views],
-        e=_address(e),
-        h=_address(h),
-        a=a,
-        b=b,
-        k=k,
-        source_dtype=wire.SOURCE_DTYPES[fields["source_dtype"]],
-        value_dtype=wire.VALUE_DTYPES[values],
-        index=wire.INDEX_CODINGS[index],
-        flags=fields["flags"],
-        round=fields["round"],
-        seed=fields["seed"],
-        epoch=fields["epoch"],
-        tensors=_address(rows),
-        tensor_count=rows.size // 64,
-        out=_address(out),
-        out_bytes=out.size,
+        state=state.native(),
+        segments=k.size,
+        starts=_arrays.address(starts),
+        k=_arrays.address(k),
+        floor=floor,
+        rank=rank,
+        slack=slack,
+        tau=_arrays.address(tau) if tau is not None else 0,
+        packet={
+            **fields,
+            "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
+            "value_dtype": wire.VALUE_DTYPES[values],
+            "index": wire.INDEX_CODINGS[index],
+            "tensors": _arrays.address(rows),
+            "tensor_count": rows.size // 64,
+            "out": _arrays.address(out),
+            "capacity": capacity,
+        },
         threads=_native.threads_for(numel),
     )
-    return out if finite else None
+    if nbytes < 0:
+        return None
+    state.commit()
+    return out if nbytes == capacity else out[:nbytes].copy()
 
 
 def _reference(
-    views: Sequence[View], *, fields: dict[str, Any], **options: Any
+    views: Sequence[View],
+    *,
+    state: State,
+    slack: float,
+    fields: dict[str, Any],
+    **options: Any,
 ) -> np.ndarray | None:
     g = np.concatenate([_float32(v) for v in views]) if views else np.empty(0, np.float32)
-    packet = reference.sparsify(g, **options, **fields)
+    packet = reference.sparsify(g, state=state, **options, **fields)
     return None if packet is None else np.frombuffer(bytearray(packet), np.uint8)
 
 

@@ -6,37 +6,56 @@ byte. See :func:`flcore.ops.sparsify.sparsify` for the meaning of the arguments.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from flcore.reference import wire, wire_writer
+from flcore._state import State
+from flcore.reference import feedback, wire, wire_writer
 
-__all__ = ["affine", "round_values", "select", "sparsify"]
+__all__ = ["keys", "round_values", "select", "select_segments", "sparsify", "store"]
 
 
-def affine(
-    g: np.ndarray, e: np.ndarray | None, h: np.ndarray | None, a: float, b: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``t = (b e + g) - h`` and ``u = (a e + g) - h``; absent terms are left out.
-
-    All arrays float32 (d,); every operation rounds once.
-    """
-    t, u = g, g
-    if e is not None:
-        t, u = np.float32(b) * e + g, np.float32(a) * e + g
-    if h is not None:
-        t, u = t - h, u - h
-    return t, u
+def keys(u: np.ndarray) -> np.ndarray:
+    """Return bits(u) & 0x7fffffff as uint32: the order of ``|u|``, for float32 `u`."""
+    return np.ascontiguousarray(u, np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
 def select(u: np.ndarray, k: int) -> np.ndarray:
     """Return the sorted indices of the k entries of `u` that come first: larger ``|u|``, then
-    smaller index. ``|u|`` is compared through the integer bits(u) & 0x7fffffff.
+    smaller index. ``|u|`` is compared through :func:`keys`.
     """  # noqa: D205
-    key = np.ascontiguousarray(u, np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
-    order = np.lexsort((np.arange(u.size), -key.astype(np.int64)))
+    order = np.lexsort((np.arange(u.size), -keys(u).astype(np.int64)))
     return np.sort(order[:k])
+
+
+def select_segments(
+    u: np.ndarray, starts: np.ndarray, k: np.ndarray, floor: int, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted indices that are kept, and the key of each segment's k-th entry.
+
+    Parameters
+    ----------
+    starts, k : (segments + 1,), (segments,) int64
+        Segment s holds coordinates starts[s] to starts[s + 1] - 1 and keeps its first k[s].
+    floor : int
+        Entries whose key is smaller are not kept.
+    rank : int
+        Entry whose key is returned instead of the k-th; 0: the k-th. The key is 0 where it is below
+        the floor, and for an empty segment.
+    """
+    kept, tau = [np.empty(0, np.int64)], np.zeros(k.size, np.uint32)
+    for s, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if begin == end:
+            continue
+        part = u[begin:end]
+        chosen = select(part, int(k[s]))
+        ordered = np.sort(keys(part)[chosen])[::-1]
+        last = ordered[(rank or int(k[s])) - 1]
+        tau[s] = last if last >= floor else 0
+        kept.append(begin + chosen[keys(part)[chosen] >= floor])
+    return np.concatenate(kept), tau
 
 
 def round_values(u: np.ndarray, values: str) -> np.ndarray:
@@ -54,36 +73,60 @@ def round_values(u: np.ndarray, values: str) -> np.ndarray:
     return np.where(raw & 0x7FFF == 0x7F80, raw - 1, raw).astype(np.uint16)
 
 
+def store(
+    state: State, block: feedback.Block, kept: np.ndarray, sent: np.ndarray, seed: int, round: int
+) -> None:
+    """Write the state after `sent`, float32, went out at the coordinates `kept`, and commit it.
+
+    h changes there and nowhere else, in place, so that its spare is not needed.
+    """
+    dense = np.zeros(block.u.size, np.float32)
+    dense[kept] = sent
+    rest = replace(state, h=None)
+    feedback.store(rest, block, dense, seed, round)
+    state.e, state.v = rest.e, rest.v
+    if state.h is not None:
+        state.h[kept] += sent
+
+
 def sparsify(
     g: np.ndarray,
     *,
-    k: int,
-    e: np.ndarray | None,
-    h: np.ndarray | None,
-    a: float,
-    b: float,
+    state: State,
+    starts: np.ndarray,
+    k: np.ndarray,
+    floor: int,
+    rank: int,
+    tau: np.ndarray | None,
     values: str,
     index: str,
+    round: int,
+    seed: int,
     tensors: bytes = b"",
     **fields: Any,
 ) -> bytes | None:
-    """Return the packet and update `e`, `h` in place; None, with nothing written, if not finite.
+    """Return the packet and move `state` on; None, with nothing written, if not finite.
 
-    `g` is the whole gradient as float32 (d,); `fields` are the header fields of
+    `g` is the whole gradient as float32 (d,); `starts`, `k`, `floor` and `rank` are those of
+    :func:`select_segments`, and `tau` receives its keys; `fields` are the header fields of
     :func:`flcore.reference.wire_writer.build`.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        t, u = affine(g, e, h, a, b)
-    if not (np.isfinite(t).all() and np.isfinite(u).all()):
+    block = feedback.form(g, state)
+    if not block.finite:
         return None
-    kept = select(u, k)
-    raw = round_values(u[kept], values)
-    sent = wire.decode_values(raw, values)
-    if e is not None:
-        e[:] = t
-        e[kept] -= sent
-    if h is not None:
-        h[kept] += sent
+    kept, last = select_segments(block.u, starts, k, floor, rank)
+    raw = round_values(block.u[kept], values)
+    store(state, block, kept, wire.decode_values(raw, values), seed, round)
+    if tau is not None:
+        tau[:] = last
     return wire_writer.build(
-        kept, raw, numel=g.size, values=values, index=index, tensors=tensors, **fields
+        kept,
+        raw,
+        numel=g.size,
+        values=values,
+        index=index,
+        round=round,
+        seed=seed,
+        tensors=tensors,
+        **fields,
     )

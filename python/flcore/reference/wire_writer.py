@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from flcore.errors import InvalidInputError
-from flcore.reference import wire
-from flcore.reference.wire import TILE
+from flcore.reference import wire_frame as wire
+from flcore.reference import wire_sparse
+from flcore.reference.wire_frame import TILE
 
-__all__ = ["build", "name_hash", "pack_tensors", "packet_nbytes"]
+__all__ = ["build", "frame", "name_hash", "pack_tensors", "packet_nbytes"]
 
 
 def name_hash(name: str) -> int:
@@ -44,13 +47,59 @@ def pack_tensors(names: list[str], shapes: list[tuple[int, ...]]) -> bytes:
 
 
 def packet_nbytes(numel: int, k: int, index: str, values: str, tensors: int = 0) -> int:
-    """Return the bytes of a packet: `k` of `numel` coordinates, `tensors` rows in its table."""
-    value_bytes = wire.VALUE_BYTES[wire.VALUE_DTYPES[values]]
-    sections = wire.sections(numel, k, index, value_bytes, tensors * wire.TENSOR_BYTES)
+    """Return the bytes of a sparse packet: `k` of `numel` coordinates, `tensors` table rows."""
+    value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
+    sections = wire_sparse.sections(numel, k, index, value_bytes, tensors * wire.TENSOR_BYTES)
     end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
     for _, _, length in sections:
         end = wire.align(end) + length
     return end
+
+
+def frame(
+    bodies: Sequence[tuple[int, int, bytes]],
+    *,
+    codec: str,
+    numel: int,
+    values: str,
+    form: int,
+    bits: int,
+    tile: int,
+    source_dtype: str = "float32",
+    round: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    flags: int = 0,
+    tensors: bytes = b"",
+) -> bytes:
+    """Return a packet with these sections.
+
+    Parameters
+    ----------
+    bodies : sequence of (type, bytes an element, content)
+        The sections in the order they are written, without the tensor table.
+    codec, numel, values, form, bits, tile
+        What the header says; `values` names the dtype of values, scales or factors.
+    flags : int
+        Header flags without FLAG_CHECKSUM, which is always set.
+    tensors : bytes
+        A table of :func:`pack_tensors`, or nothing.
+    """
+    sections = [*bodies, (wire.TENSORS, wire.TENSOR_BYTES, tensors)] if tensors else [*bodies]
+    base = end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
+    table, content = struct.pack("<II", len(sections), 0), []
+    for kind, element, data in sections:
+        start = wire.align(end)
+        content += [bytes(start - end), data]
+        table += wire.ENTRY.pack(kind, 0, element, start, len(data))
+        end = start + len(data)
+    payload = table + b"".join(content)
+    assert len(payload) == end - base + len(table)
+    fields: tuple = (b"FLCU", 1, 0, wire.HEADER_BYTES, wire.CODECS[codec], 0)
+    fields += (flags | wire.FLAG_CHECKSUM, numel, len(payload), round, seed, epoch)
+    fields += (wire.SOURCE_DTYPES[source_dtype], wire.VALUE_CODES[values], form, bits, tile)
+    crc = wire.crc32c(payload, wire.crc32c(wire.HEADER.pack(*fields, 0)))
+    return wire.HEADER.pack(*fields, crc) + payload
 
 
 def build(
@@ -60,12 +109,8 @@ def build(
     numel: int,
     values: str,
     index: str,
-    source_dtype: str = "float32",
-    round: int = 0,
-    seed: int = 0,
-    epoch: int = 0,
-    flags: int = 0,
     tensors: bytes = b"",
+    **fields: Any,
 ) -> bytes:
     """Return a sparse packet.
 
@@ -74,15 +119,14 @@ def build(
     indices : (k,) integers, strictly increasing, below `numel`
     raw_values : (k,) uint32 or uint16
         Bit patterns of the values in the dtype that `values` names.
-    flags : int
-        Header flags without FLAG_CHECKSUM, which is always set.
     tensors : bytes
         A table of :func:`pack_tensors`, or nothing.
+    fields
+        Header fields of :func:`frame`.
     """
-    value_code = wire.VALUE_DTYPES[values]
-    value_bytes = wire.VALUE_BYTES[value_code]
+    value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
     indices = np.asarray(indices, dtype=np.int64)
-    counts = np.bincount(indices // TILE, minlength=wire.tiles(numel)).astype("<u4")
+    counts = np.bincount(indices // TILE, minlength=wire_sparse.tiles(numel)).astype("<u4")
     if index == "tile16":
         coded = (indices % TILE).astype("<u2").tobytes()
     else:
@@ -93,21 +137,16 @@ def build(
         wire.COUNTS: counts.tobytes(),
         wire.INDICES: coded,
         wire.VALUES: raw_values.astype(f"<u{value_bytes}").tobytes(),
-        wire.TENSORS: tensors,
     }
-    sections = wire.sections(numel, indices.size, index, value_bytes, len(tensors))
-    end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
-    table, body = struct.pack("<II", len(sections), 0), b""
-    base = end
-    for kind, element, length in sections:
-        start = wire.align(end)
-        body += bytes(start - base - len(body)) + bodies[kind]
-        table += wire.ENTRY.pack(kind, 0, element, start, length)
-        end = start + length
-    payload = table + body
-    fields: tuple = (b"FLCU", 1, 0, wire.HEADER_BYTES, wire.CODECS["sparse"], 0)
-    fields += (flags | wire.FLAG_CHECKSUM, numel, len(payload), round, seed, epoch)
-    fields += (wire.SOURCE_DTYPES[source_dtype], value_code, wire.INDEX_CODINGS[index])
-    fields += (8 * value_bytes, TILE)
-    crc = wire.crc32c(payload, wire.crc32c(wire.HEADER.pack(*fields, 0)))
-    return wire.HEADER.pack(*fields, crc) + payload
+    sections = wire_sparse.sections(numel, indices.size, index, value_bytes, 0)
+    return frame(
+        [(kind, element, bodies[kind]) for kind, element, _ in sections],
+        codec="sparse",
+        numel=numel,
+        values=values,
+        form=wire_sparse.INDEX_CODINGS[index],
+        bits=8 * value_bytes,
+        tile=TILE,
+        tensors=tensors,
+        **fields,
+    )

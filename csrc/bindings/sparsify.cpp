@@ -1,0 +1,45 @@
+// sparsify of flcore._core: sizes that C++ can check are checked here and in csrc/sparsify.cpp, what
+// an address points to was checked in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "api.h"
+#include "bindings/bindings.h"
+#include "bindings/feedback_call.h"
+#include "bindings/sparse_call.h"
+#include "check.h"
+#include "sparsify.h"
+
+namespace py = pybind11;
+
+namespace flcore {
+
+static int64_t sparsify_packet(const Addresses& layers, const std::vector<int64_t>& numel,
+                               const std::vector<int>& dtype, const py::dict& state,
+                               int64_t segments, uintptr_t starts, uintptr_t k, uint32_t floor,
+                               int64_t rank, float slack, uintptr_t tau, const py::dict& packet,
+                               int threads) {
+  const SparsePacket out = sparse_packet(packet);
+  const FeedbackCall call(layers, numel, dtype, state, out.header.seed, out.header.round, threads);
+  const Selection selection{segments,
+                            reinterpret_cast<const int64_t*>(starts),
+                            reinterpret_cast<const int64_t*>(k),
+                            floor,
+                            rank,
+                            slack,
+                            reinterpret_cast<uint32_t*>(tau)};
+  py::gil_scoped_release nogil;
+  return sparsify(call.args, selection, out);
+}
+
+void bind_sparsify(py::module_& m) {
+  m.def("sparsify", &sparsify_packet, py::arg("layers"), py::arg("numel"), py::arg("dtype"),
+        py::arg("state"), py::arg("segments"), py::arg("starts"), py::arg("k"), py::arg("floor"),
+        py::arg("rank"), py::arg("slack"), py::arg("tau"), py::arg("packet"), py::arg("threads"),
+        "Feedback, exact top-k, packet, state update (csrc/sparsify.cpp); bytes, or -1: not finite.");
+}
+
+}  // namespace flcore
