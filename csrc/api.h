@@ -185,6 +185,13 @@ struct FeedbackArgs {
 // ---- sparsify: feedback, exact top-k, state update (csrc/cpu/sparsify.isa.cpp) -----------------
 
 constexpr int64_t SPARSE_TILE = 65536;  // coordinates a tile of the packet: 16-bit local indices
+constexpr int64_t SPARSE_RUN = 32;      // neighbours that a sample takes together: two cache lines
+
+// How many of `length` coordinates a sample of one run in `step` takes, the one at `phase`.
+constexpr int64_t sparse_samples(int64_t length, int64_t step, int64_t phase) {
+  const int64_t period = SPARSE_RUN * step, rest = length % period - SPARSE_RUN * phase;
+  return length / period * SPARSE_RUN + (rest < 0 ? 0 : rest < SPARSE_RUN ? rest : SPARSE_RUN);
+}
 
 // Digits of the 31-bit key of |u|, from the top.
 constexpr int SPARSIFY_LEVELS = 3, SPARSIFY_BINS = 2048;
@@ -253,9 +260,10 @@ enum SweepFlags : int { SWEEP_NONFINITE = 1, SWEEP_FULL = 2 };
 
 struct EmitArgs {
   SparseEntries entries;
-  bool bitmask;     // else 16-bit local indices
-  int value_dtype;  // F32 | F16 | BF16
-  uint8_t* indices; // sections of the packet
+  int index;        // IndexCoding; indices are written here when BITMASK or TILE16
+  int value_dtype;  // F32 | F16 | BF16 | WIRE_INT8
+  uint8_t* scales;  // sections of the packet; scales only with int8: a float32 a tile
+  uint8_t* indices;
   uint8_t* values;
 };
 
@@ -285,6 +293,12 @@ struct SparsifyFns {
   int64_t (*small_scratch)(int64_t longest);  // floats a lane
   // Writes indices and values of every tile and corrects the new state at the entries.
   void (*emit)(const FeedbackArgs&, const EmitArgs&);
+  // Keys of coordinates [begin, end) in runs of SPARSE_RUN: of `step` runs the one at `phase`. NaN
+  // and infinity count as large numbers. keys: [sparse_samples]
+  void (*sample)(const FeedbackArgs&, int64_t begin, int64_t end, int64_t step, int64_t phase,
+                 uint32_t* keys);
+  // The k-th largest key, 1 <= k <= count; the order of the keys is lost.
+  uint32_t (*ranked)(uint32_t* keys, int64_t count, int64_t k);
 };
 
 // ---- codecs: what the bytes of a packet mean (wire.h has the same numbers) ---------------------
@@ -453,6 +467,42 @@ struct LutAddFns {
   bool (*norms)(const BlockNormArgs&);  // false when t or u is not finite somewhere
 };
 
+// ---- randk: coordinates that follow from a seed (csrc/cpu/randk.isa.cpp) -------------------------
+
+constexpr int PERMUTE_ROUNDS = 8;
+constexpr int PERMUTE_BITS_MIN = 8;            // fewer would not mix
+constexpr int64_t PERMUTE_CHUNK = 4096;
+
+// A keyed permutation of [0, 2^(left + right)); its images below numel are wanted.
+struct PermuteArgs {
+  int64_t numel;
+  int left, right;  // bits of the halves, each 4 to 24
+  uint32_t keys[2 * PERMUTE_ROUNDS];
+};
+
+// u[j] = scale * u and t[j] of the feedback at each coordinate of a list; new state e <- t, v <- s.
+struct GatherArgs {
+  FeedbackArgs feedback;
+  const int64_t* starts;  // [tiles + 1] first entry of each tile
+  const uint16_t* local;  // [entries] index in the tile, increasing
+  float scale;
+  bool check;             // look at every value before anything of the state is written
+  float* u;               // [entries]
+  float* t;               // [entries] or null
+};
+
+struct RandkFns {
+  // `chunks` pieces of PERMUTE_CHUNK numbers from `first`: the images below numel of piece c, in
+  // order, at images + c * PERMUTE_CHUNK, and how many in counts[c].
+  void (*permute)(const PermuteArgs&, int64_t first, int64_t chunks, uint64_t* images,
+                  int64_t* counts, int threads);
+  // Sorts the entries of each tile; with `others`, writes the coordinates that are not among them.
+  void (*order)(int64_t numel, const int64_t* in_starts, const uint16_t* in,
+                const int64_t* out_starts, uint16_t* out, bool others, int threads);
+  // False when t, u or scale * u is not finite somewhere: new state is then void.
+  bool (*gather)(const GatherArgs&);
+};
+
 // ---- decode: packets into accumulators (csrc/cpu/decode.isa.cpp) -------------------------------
 
 struct LowRankLayer;
@@ -559,12 +609,14 @@ struct SketchHash {
   int64_t rows, columns;
 };
 
-// table[i][column] += sign * u, one after the other within a part of the coordinates; parts in order
+// cells[i][column] += sign * u, one after the other within a part of the coordinates; then the parts
+// in order. Parts are runs of blocks of 1024 coordinates, as many as possible alike.
 struct SketchArgs {
   const FeedbackArgs* feedback;  // the update; no state
   SketchHash hash;
-  int64_t parts;   // of about equal length, of whole blocks
-  float* table;    // [parts][rows][columns], receives the sum in the first
+  int64_t parts;
+  float* cells;  // [rows][columns]
+  float* more;   // [parts - 1][rows][columns] scratch
 };
 
 struct SketchTable {
@@ -582,9 +634,9 @@ struct SketchFns {
   // estimates with key >= cut, of those with key == cut at most quota[tile] a tile
   void (*collect)(const SketchTable&, uint32_t cut, const int64_t* quota, const int64_t* starts,
                   int64_t* index, float* values);
-  // cells[hash of index[i]] += factor sign values[i], or = 0 without values; row by row, in order
+  // cells[i][column of index[j]] += sign * values[j] in order of j, or = 0 without values
   void (*scatter)(const SketchHash&, const int64_t* index, const float* values, int64_t count,
-                  float factor, float* cells, int threads);
+                  float* cells, int threads);
 };
 
 // ---- crc32c: checksum of packets (csrc/cpu/crc32c.isa.cpp) -------------------------------------
@@ -839,6 +891,7 @@ struct CpuTable {
   const DecodeFns* decode;
   const QuantizeFns* quantize;
   const IndicesFns* indices;
+  const RandkFns* randk;
   const Crc32cFns* crc32c;
   const RngFns* rng;
   const MomentsFns* moments;
@@ -846,6 +899,7 @@ struct CpuTable {
   const SelectFns* select;
   const GramFns* gram;
   const LowRankFns* low_rank;
+  const SketchFns* sketch;
   const VoteFns* vote;
   const LutAddFns* lut_add;
 };

@@ -1,26 +1,65 @@
 #include "sparse_emit.h"
 
 #include "check.h"
+#include "indices.h"
 
 namespace flcore {
+namespace {
+
+int64_t plain_bytes(int index, int64_t numel, int64_t k) {
+  return index == INDEX_TILE16 ? 2 * k : (numel + 7) / 8;
+}
+
+// The index coding of the packet, with its plan when it needs one.
+IndexPlan choose_coding(const FeedbackArgs& x, const SparseEntries& entries,
+                        const SparsePacket& packet) {
+  const auto plan = [&](int coding) {
+    return plan_indices(coding, x.numel, entries.starts, entries.local, x.threads);
+  };
+  const int index = packet.header.index;
+  if (!packet.smallest && (index == INDEX_BITPACK || index == INDEX_RICE)) return plan(index);
+  IndexPlan best;
+  best.coding = index;
+  if (!packet.smallest) return best;
+  const int64_t k = entries.starts[wire::tiles(x.numel)];
+  best.coding = INDEX_TILE16;
+  best.bytes = plain_bytes(INDEX_TILE16, x.numel, k);
+  if (plain_bytes(INDEX_BITMASK, x.numel, k) < best.bytes) {
+    best.coding = INDEX_BITMASK;
+    best.bytes = plain_bytes(INDEX_BITMASK, x.numel, k);
+  }
+  for (int coding : {INDEX_BITPACK, INDEX_RICE}) {
+    IndexPlan other = plan(coding);
+    if (other.bytes < best.bytes) best = std::move(other);
+  }
+  return best;
+}
+
+}  // namespace
 
 int64_t sparse_emit(const FeedbackArgs& feedback, const SparseEntries& entries,
                     const SparsePacket& packet) {
+  FLCORE_CHECK(feedback.h_new == feedback.h, "h: expected to be changed in place");
+  const IndexPlan indices = choose_coding(feedback, entries, packet);
   wire::Header header = packet.header;
   header.numel = uint64_t(feedback.numel);
+  header.index = uint8_t(indices.coding);
   const int64_t tiles = wire::tiles(feedback.numel);
   const wire::Layout layout =
-      wire::plan_sparse(header, entries.starts[tiles], packet.tensor_count);
+      wire::plan_sparse(header, entries.starts[tiles], packet.tensor_count, indices.bytes);
   FLCORE_CHECK(packet.capacity >= layout.total_bytes, "out: expected room for ",
                layout.total_bytes, " bytes, got ", packet.capacity);
-  FLCORE_CHECK(feedback.h_new == feedback.h, "h: expected to be changed in place");
   EmitArgs emit;
   emit.entries = entries;
-  emit.bitmask = header.index == wire::BITMASK;
+  emit.index = header.index;
   emit.value_dtype = header.value_dtype;
+  emit.scales = packet.out + layout.scales_at;
   emit.indices = packet.out + layout.indices_at;
   emit.values = packet.out + layout.values_at;
   cpu().sparsify->emit(feedback, emit);
+  if (indices.coding == INDEX_BITPACK || indices.coding == INDEX_RICE)
+    write_indices(indices, feedback.numel, entries.starts, entries.local, feedback.threads,
+                  emit.indices);
   wire::write_sparse(layout, entries.starts, packet.tensors, packet.out);
   wire::seal(packet.out, size_t(layout.total_bytes));
   return layout.total_bytes;

@@ -15,6 +15,7 @@ struct SparsePacket {
   int64_t tensor_count;
   uint8_t* out;
   int64_t capacity;        // bytes; at least those of the packet
+  bool smallest = false;   // take the index coding of fewest bytes, whatever the header says
 };
 
 // Writes the packet and corrects the new state at the entries: e <- t - D, h <- h + D, and v <- 0

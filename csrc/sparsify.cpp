@@ -2,14 +2,14 @@
 //
 // Entries of a segment are ordered by larger key(u) first, then smaller index; tau is the k-th key.
 // Segments that fit in cache are selected one by one. For the others:
-//   1. a cut below tau: a part of the tau of the last call; or, when there is none or too few or
-//      too many keys reach it, radix selection on the 31-bit key as 11 + 11 + 9 bits: a histogram of
+//   1. a cut below tau: a part of the tau of the last call, or of a sample's; or, when too few or
+//      too many keys reach that, radix selection on the 31-bit key as 11 + 11 + 9 bits: a histogram of
 //      the first digit of each piece finds the bin that holds tau, and if more than 2 k + 4096 keys
 //      reach that bin, the next digit is counted the same way (then the last: tau is exact).
 //   2. one sweep writes the new state and lists the candidates, keys from the cut up.
 //   3. tau is found among the candidates; entries equal to it are taken from the first on.
 //   4. the entries go into the packet, and the new state is corrected there.
-// With a carried cut the sweep is the only pass over memory. It may then find a value that is not
+// With such a guess the sweep is the only pass over memory. It may then find a value that is not
 // finite after others were written, so it runs only when new state does not replace the old one.
 #include "sparsify.h"
 
@@ -120,17 +120,31 @@ struct Batch {
   }
 };
 
-// Steps 1 and 2 with cuts from the floor or the last call. False when there is none for some segment
-// or the candidates are too many: then the batch holds nothing.
+// A guess of tau from a sample that holds about 400 of the k entries.
+uint32_t sampled_key(const FeedbackArgs& x, int64_t begin, int64_t end, int64_t k) {
+  const int64_t step = sample_step(end - begin, k, 400);
+  const int64_t samples = sparse_samples(end - begin, step, step / 2);
+  std::vector<uint32_t> keys(static_cast<size_t>(samples));
+  cpu().sparsify->sample(x, begin, end, step, step / 2, keys.data());
+  const double rank = double(k) / double(end - begin) * double(samples);
+  return cpu().sparsify->ranked(keys.data(), samples, std::max(int64_t(rank), int64_t(1)));
+}
+
+// Steps 1 and 2 with cuts from the floor, the last call or a sample. False when there is none for
+// some segment or the candidates are too many: then the batch holds nothing.
 bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
   Numbers room(b.piece.size());
   for (const Range& r : b.ranges) {
-    const uint32_t cut =
-        s.floor ? s.floor : s.tau ? scaled_key(s.tau[r.segment], s.slack) : 0;
+    const int64_t begin = s.starts[r.segment], end = s.starts[r.segment + 1], k = s.k[r.segment];
+    uint32_t cut = s.floor;
+    if (!cut) {
+      const uint32_t carried = s.tau ? s.tau[r.segment] : 0;
+      cut = scaled_key(carried ? carried : sampled_key(x, begin, end, k), s.slack);
+    }
     if (cut == 0) return false;
     for (size_t l = 0; l + 1 < b.lane.size(); ++l) {
       // a lane never needs more room than all candidates that the segment may have
-      int64_t left = 4 * s.k[r.segment] + FEW;
+      int64_t left = 4 * k + FEW;
       for (int64_t p = std::max(b.lane[l], r.first); p < std::min(b.lane[l + 1], r.last); ++p) {
         b.cut[size_t(p)] = cut;
         left -= room[size_t(p)] = std::min(b.length(p), left);
@@ -333,6 +347,11 @@ class Sparsifier {
 };
 
 }  // namespace
+
+int64_t sample_step(int64_t length, int64_t k, int64_t wanted) {
+  const int64_t most = std::max(length / (64 * SPARSE_RUN), int64_t(1));  // at least 64 runs
+  return std::min(std::max(k / wanted, int64_t(1)), most) | 1;
+}
 
 int64_t sparsify(const FeedbackArgs& feedback, const Selection& selection,
                  const SparsePacket& packet) {

@@ -28,4 +28,8 @@ struct Selection {
 int64_t sparsify(const FeedbackArgs& feedback, const Selection& selection,
                  const SparsePacket& packet);
 
+// Of how many runs a sample takes one, so that it holds about `wanted` of the k largest: odd, lest
+// it fall in step with the rows of a matrix.
+int64_t sample_step(int64_t length, int64_t k, int64_t wanted);
+
 }  // namespace flcore

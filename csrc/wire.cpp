@@ -160,9 +160,10 @@ Header read_header(const uint8_t* data, size_t size, const Limits& limits) {
   return h;
 }
 
-Packet parse(const uint8_t* data, size_t size, const Limits& limits) {
+Packet parse(const uint8_t* data, size_t size, const Limits& limits, int threads) {
   Packet packet;
   packet.data = data;
+  packet.threads = threads;
   packet.header = read_header(data, size, limits);
   const Header& h = packet.header;
   NEED(uint64_t(size) - uint64_t(HEADER_BYTES) == h.payload_bytes, "the header says ",
@@ -203,7 +204,7 @@ PacketView Packet::view(double weight) const {
   v.code_stride = bucket_code_bytes(header, header.tile);
   v.codebook = at(CODEBOOK);
   v.norm = at(NORM);
-  v.indices = at(INDICES);
+  v.indices = local.empty() ? at(INDICES) : reinterpret_cast<const uint8_t*>(local.data());
   v.values = at(VALUES);
   v.starts = starts.data();
   v.bitmask = header.codec == CODEC_SPARSE && header.index == BITMASK;

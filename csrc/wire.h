@@ -103,6 +103,8 @@ struct Packet {
   const uint8_t* data = nullptr;
   int64_t k = 0;                // values it holds: entries when sparse, else all coordinates
   std::vector<int64_t> starts;  // sparse: [tiles + 1] first entry of each tile
+  std::vector<uint16_t> local;  // sparse: [k] index in the tile, unless the packet itself has them
+  int threads = 1;              // that check the contents
   std::vector<LowRankLayer> matrices;  // low rank: one a tensor
 
   const uint8_t* section(uint16_t type) const { return data + frame.offset(type); }
@@ -113,7 +115,7 @@ struct Packet {
 Header read_header(const uint8_t* data, size_t size, const Limits& limits);
 
 // Throws PacketError unless everything in the packet is as the format says.
-Packet parse(const uint8_t* data, size_t size, const Limits& limits);
+Packet parse(const uint8_t* data, size_t size, const Limits& limits, int threads = 1);
 
 // Lays sections out one after another: `offset` of those given is not read. A tensor table of
 // tensor_count rows goes last.
@@ -131,14 +133,15 @@ void seal(uint8_t* data, size_t size);
 // Where the sections of a sparse packet lie.
 struct Layout {
   int64_t numel = 0, k = 0;
-  int64_t counts_at = 0, indices_at = 0, values_at = 0;
-  int64_t indices_bytes = 0, value_bytes = 4;
+  int64_t scales_at = 0, counts_at = 0, indices_at = 0, values_at = 0;  // total_bytes if absent
+  int64_t value_bytes = 4;
   int64_t total_bytes = 0;
   Frame frame;
 };
 
-// Sections of a packet of k kept of numel coordinates, in the order they are written.
-Layout plan_sparse(const Header& header, int64_t k, int64_t tensor_count);
+// Sections of a packet of k kept of numel coordinates, in the order they are written. coded: bytes of
+// the indices when they are bitpacked or Rice-coded.
+Layout plan_sparse(const Header& header, int64_t k, int64_t tensor_count, int64_t coded = 0);
 
 // Writes the frame and the tile counts; starts: [tiles + 1] as in Packet.
 void write_sparse(const Layout& layout, const int64_t* starts, const uint8_t* tensors,

@@ -2,6 +2,7 @@
 // of a fixed width a coordinate. One table for all codecs of this shape.
 #include <cstring>
 
+#include "rotation.h"
 #include "wire_rules.h"
 
 namespace flcore {
@@ -39,7 +40,7 @@ bool bits_known(const Header& h) {
     case CODEC_NATURAL: return h.bits == (h.index == 0 ? 9 : 8);
     case CODEC_MINIFLOAT: return h.bits == MINIFLOAT_BITS[h.index];
     case CODEC_TERNARY: return h.bits == 2;
-    default: return h.bits >= 1 && h.bits <= 8;  // rotated
+    default: return h.bits >= 1 && h.bits <= ROTATION_BITS;  // rotated
   }
 }
 
@@ -62,8 +63,9 @@ void check_header(const Header& h) {
   NEED(h.tile >= 1 && h.tile <= BUCKET_MAX, "expected buckets of 1 to ", BUCKET_MAX,
        " coordinates, got ", h.tile);
   if (h.codec == CODEC_ROTATED)
-    NEED(power_of_two(h.tile) && h.tile <= 4096,
-         "expected blocks of a power of two up to 4096, got ", h.tile);
+    NEED(power_of_two(h.tile) && h.tile >= ROTATION_MIN_BLOCK && h.tile <= BLOCK_MAX,
+         "expected blocks of a power of two from ", ROTATION_MIN_BLOCK, " to ", BLOCK_MAX,
+         ", got ", h.tile);
 }
 
 int64_t element_bytes(uint16_t type, const Header& h) {

@@ -1,6 +1,9 @@
-// Rules and layout of sparse packets: tile counts, indices, values.
+// Rules and layout of sparse packets: scales, tile counts, indices, values.
 #include <cstring>
+#include <utility>
 
+#include "indices.h"
+#include "randk.h"
 #include "wire_rules.h"
 
 namespace flcore {
@@ -9,42 +12,48 @@ namespace {
 
 #define NEED FLCORE_NEED
 
+bool is_coded(const Header& h) { return h.index == TILE_BITPACK || h.index == TILE_RICE; }
+
 void check_header(const Header& h) {
-  NEED(h.value_dtype == F32 || h.value_dtype == F16 || h.value_dtype == BF16,
-       "value dtype: expected 1 (float32), 2 (float16), 3 (bfloat16), got ", int(h.value_dtype));
-  NEED(h.index == BITMASK || h.index == TILE16,
-       "index coding: expected 1 (bitmask), 2 (tile16), got ", int(h.index));
-  const int64_t bits = 8 * dtype_bytes(h.value_dtype);
+  NEED(h.value_dtype == F32 || h.value_dtype == F16 || h.value_dtype == BF16 ||
+           h.value_dtype == WIRE_INT8,
+       "value dtype: expected 1 (float32), 2 (float16), 3 (bfloat16), 4 (int8), got ",
+       int(h.value_dtype));
+  NEED(h.index <= TILE_RICE, "index coding: expected 0 (seeded), 1 (bitmask), 2 (tile16), ",
+       "3 (bitpack), 4 (rice), got ", int(h.index));
+  const int64_t bits = 8 * value_bytes(h.value_dtype);
   NEED(h.bits == bits, "expected ", bits, " bits a value, got ", int(h.bits));
   NEED(h.tile == TILE, "expected tiles of 65536 coordinates, got ", h.tile);
 }
 
 int64_t element_bytes(uint16_t type, const Header& h) {
-  return type == COUNTS    ? 4
-         : type == INDICES ? (h.index == TILE16 ? 2 : 1)
-         : type == VALUES  ? dtype_bytes(h.value_dtype)
-                           : 0;
+  if (type == SCALES) return h.value_dtype == WIRE_INT8 ? 4 : 0;
+  if (type == COUNTS) return 4;
+  if (type == INDICES) return h.index == SEEDED ? 0 : h.index == TILE16 ? 2 : 1;
+  return type == VALUES ? value_bytes(h.value_dtype) : 0;
 }
 
-int64_t indices_bytes(const Header& h, int64_t k) {
-  return h.index == TILE16 ? 2 * k : (int64_t(h.numel) + 7) / 8;
+// coded: bytes of the section when its length depends on the indices
+int64_t indices_bytes(const Header& h, int64_t k, int64_t coded) {
+  return h.index == TILE16 ? 2 * k : h.index == BITMASK ? (int64_t(h.numel) + 7) / 8 : coded;
 }
 
-// Section lengths equal what numel, k and the value width ask for; nothing else is trusted.
+// Section lengths equal what numel, k and the value width ask for; nothing else is trusted. Those of
+// coded indices follow from their contents.
 void check_lengths(Packet& packet) {
   const Header& h = packet.header;
-  const Section& counts = need_section(packet, COUNTS, "tile counts");
-  const Section& indices = need_section(packet, INDICES, "indices");
-  const Section& values = need_section(packet, VALUES, "values");
-  packet.k = values.length / value_bytes(h.value_dtype);
+  const int64_t per_tile = 4 * tiles(int64_t(h.numel));
+  const auto check = [&](uint16_t type, const char* what, int64_t want) {
+    const Section& section = need_section(packet, type, what);
+    NEED(section.length == want, "section type ", type, ": expected ", want, " bytes for ",
+         packet.k, " of ", h.numel, " coordinates, got ", section.length);
+  };
+  packet.k = need_section(packet, VALUES, "values").length / value_bytes(h.value_dtype);
   NEED(uint64_t(packet.k) <= h.numel, "holds ", packet.k, " values for ", h.numel, " coordinates");
-  const struct {
-    const Section& section;
-    int64_t want;
-  } lengths[] = {{counts, 4 * tiles(int64_t(h.numel))}, {indices, indices_bytes(h, packet.k)}};
-  for (const auto& [section, want] : lengths)
-    NEED(section.length == want, "section type ", section.type, ": expected ", want,
-         " bytes for ", packet.k, " of ", h.numel, " coordinates, got ", section.length);
+  check(COUNTS, "tile counts", per_tile);
+  if (h.value_dtype == WIRE_INT8) check(SCALES, "scales", per_tile);
+  if (h.index != SEEDED)
+    check(INDICES, "indices", indices_bytes(h, packet.k, packet.frame.length(INDICES)));
 }
 
 std::vector<int64_t> check_counts(const uint8_t* counts, int64_t numel, int64_t k) {
@@ -97,15 +106,48 @@ void check_bitmask(const uint8_t* mask, int64_t numel, const std::vector<int64_t
   }
 }
 
+// Indices that are not in the packet one by one are written out, 2 bytes for each value it holds.
+void check_indices(Packet& packet, int64_t numel) {
+  const Header& h = packet.header;
+  const uint8_t* section = packet.section(INDICES);
+  if (h.index == TILE16) check_tile16(section, numel, packet.k, packet.starts);
+  if (h.index == BITMASK) check_bitmask(section, numel, packet.starts);
+  if (is_coded(h)) {
+    packet.local.resize(size_t(packet.k));
+    read_indices(h.index, numel, packet.starts.data(), section, packet.frame.length(INDICES),
+                 packet.threads, packet.local.data());
+  }
+  if (h.index == SEEDED) {
+    Support support = random_support(numel, packet.k, h.seed, h.round, packet.threads);
+    NEED(support.starts == packet.starts, "the tile counts are not those that the seed gives");
+    packet.local = std::move(support.local);
+  }
+}
+
+void check_scales(const uint8_t* scales, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    const uint32_t bits = get<uint32_t>(scales + 4 * t);
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    NEED(bits >> 31 == 0 && 127.0 * double(scale) <= WIRE_LARGEST, "tile ", t,
+         ": a scale is negative, not finite or too large");
+  }
+}
+
 void check_contents(Packet& packet) {
   const Header& h = packet.header;
   const int64_t numel = int64_t(h.numel);
   packet.starts = check_counts(packet.section(COUNTS), numel, packet.k);
-  if (h.index == TILE16)
-    check_tile16(packet.section(INDICES), numel, packet.k, packet.starts);
-  else
-    check_bitmask(packet.section(INDICES), numel, packet.starts);
-  NEED(values_finite(packet.section(VALUES), packet.k, h.value_dtype), "a value is not finite");
+  check_indices(packet, numel);
+  const uint8_t* values = packet.section(VALUES);
+  if (h.value_dtype != WIRE_INT8) {
+    NEED(values_finite(values, packet.k, h.value_dtype), "a value is not finite");
+    return;
+  }
+  check_scales(packet.section(SCALES), tiles(numel));
+  bool unused = false;
+  for (int64_t j = 0; j < packet.k; ++j) unused |= values[j] == 0x80;
+  NEED(!unused, "a value is -128, which is not used");
 }
 
 }  // namespace
@@ -113,7 +155,7 @@ void check_contents(Packet& packet) {
 const Rules SPARSE_RULES = {"sparse", &check_header, &element_bytes, &check_lengths,
                             &check_contents};
 
-Layout plan_sparse(const Header& header, int64_t k, int64_t tensor_count) {
+Layout plan_sparse(const Header& header, int64_t k, int64_t tensor_count, int64_t coded) {
   Header h = header;
   h.codec = CODEC_SPARSE;
   h.bits = uint8_t(8 * value_bytes(h.value_dtype));
@@ -122,13 +164,17 @@ Layout plan_sparse(const Header& header, int64_t k, int64_t tensor_count) {
   layout.numel = int64_t(h.numel);
   layout.k = k;
   layout.value_bytes = value_bytes(h.value_dtype);
-  layout.indices_bytes = indices_bytes(h, k);
-  const auto element = [&](uint16_t type) { return uint32_t(element_bytes(type, h)); };
-  layout.frame = plan(h,
-                      {{COUNTS, element(COUNTS), 0, 4 * tiles(layout.numel)},
-                       {INDICES, element(INDICES), 0, layout.indices_bytes},
-                       {VALUES, element(VALUES), 0, layout.value_bytes * k}},
-                      tensor_count);
+  const int64_t per_tile = 4 * tiles(layout.numel);
+  const std::pair<uint16_t, int64_t> lengths[] = {{SCALES, per_tile},
+                                                  {COUNTS, per_tile},
+                                                  {INDICES, indices_bytes(h, k, coded)},
+                                                  {VALUES, layout.value_bytes * k}};
+  std::vector<Section> sections;
+  for (const auto& [type, length] : lengths)
+    if (const int64_t element = element_bytes(type, h))
+      sections.push_back({type, uint32_t(element), 0, length});
+  layout.frame = plan(h, std::move(sections), tensor_count);
+  layout.scales_at = layout.frame.offset(SCALES);
   layout.counts_at = layout.frame.offset(COUNTS);
   layout.indices_at = layout.frame.offset(INDICES);
   layout.values_at = layout.frame.offset(VALUES);

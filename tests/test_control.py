@@ -1,4 +1,4 @@
-"""The server's sum of estimates: in step with the clients whatever is lost, repeated or restarted."""
+"""The server's sum of estimates: in step with its clients, whatever is lost or repeated."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_client_that_started_anew(way):
         assert not server.result().any() and server.add("a", first)
     else:
         for _ in range(2):
-            with pytest.raises(EpochError, match="it started anew|it took an old state"):
+            with pytest.raises(EpochError, match=r"it started anew|it took an old state"):
                 server.add("a", encoder.encode(2 * G))
         with pytest.raises(EpochError, match="got 3: its count fell back before"):
             server.add("a", encoder.encode(2 * G))  # the count fits again, the state does not

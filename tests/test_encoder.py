@@ -112,7 +112,7 @@ def test_in_place_makes_no_difference_but_memory(feedback, state_dtype, rng):
     for name in ("e", "h", "v"):
         one, two = (getattr(x, name) for x in encoders)
         assert (one is None) == (two is None) == (name not in kept)
-        assert one is None or one.dtype == np.float32 and one.tobytes() == two.tobytes()
+        assert one is None or (one.dtype == np.float32 and one.tobytes() == two.tobytes())
 
 
 @pytest.mark.parametrize("feedback", [EF14(), EControl(), DGC(), EF21(momentum=0.5)], ids=repr)
@@ -133,13 +133,13 @@ def test_state_in_bfloat16(feedback, rng, tmp_path):
     other = Encoder(TopK(ratio=0.1), feedback, like=np.zeros(d), state_dtype="bfloat16")
     other.load_state_dict(state)
     assert other.encode(g, round=1, seed=1) == encoder.encode(g, round=1, seed=1)
-    with pytest.raises(InvalidInputError, match="expected float32|expected uint16"):
+    with pytest.raises(InvalidInputError, match=r"expected float32|expected uint16"):
         exact.load_state_dict(state)
     before = {name: getattr(encoder, name).copy() for name in feedback.kept}
     encoder.rescale(0.3)
     for name, x in before.items():
         error = np.abs(getattr(encoder, name) - 0.3 * x.astype(np.float64))
-        assert (error <= 2.0 ** (-24 if name == "h" else -8) * np.abs(0.3 * x) * 1.01).all()
+        assert (error <= 2.0 ** (-23 if name == "h" else -8) * np.abs(0.3 * x) * 1.01).all()
 
 
 def test_what_a_codec_remembers_is_saved_and_kept_apart():
@@ -384,7 +384,7 @@ def test_density_of_the_warm_up():
         codec = TopK(ratio=DGC.density(epoch))
         assert encoder.encode(np.ones(1000), codec=codec).k == k
     for arguments in ((-1,), (0.5,), (True,), (0, 0.0), (0, 2)):
-        with pytest.raises(InvalidInputError, match="epoch: expected|target: expected"):
+        with pytest.raises(InvalidInputError, match=r"epoch: expected|target: expected"):
             DGC.density(*arguments)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flcore.algorithms import FedAvg
-from flcore.compression import EF14, EControl, TopK
+from flcore.compression import EF14, EF21, EControl, TopK
 from flcore.errors import InvalidInputError, MissingDependencyError, PacketError
 from flcore.simulation import (
     CheckpointError,
@@ -33,6 +33,8 @@ UPLINKS = {
     "topk": {"codec": TopK(ratio=0.1), "feedback": None},
     "ef14": {"codec": TopK(ratio=0.1), "feedback": EF14()},
     "econtrol": {"codec": TopK(ratio=0.1), "feedback": EControl()},
+    "ef21": {"codec": TopK(ratio=0.1), "feedback": EF21(momentum=0.5)},
+    "warm": {"codec": TopK(ratio=0.1), "feedback": EControl(), "start": "dense"},
     "saga": {"codec": TopK(ratio=0.1), "feedback": EControl(), "control_step": "saga"},
 }
 
@@ -104,7 +106,8 @@ def test_server_control_is_the_mean_of_what_all_clients_hold(digits):
         simulation.step()
     states = simulation.uplink.state_dict()
     assert 3 < len(states) <= 8
-    mean = sum(state["h"].astype(np.float64) for state in states.values()) / 8
+    now = SHORT.client_begin(4).lr  # absent clients hold h in the units of their last round
+    mean = sum(state["h"] * (now / state["unit"]) for state in states.values()) / 8
     control = np.concatenate([value.ravel() for value in simulation.server.control.values()])
     np.testing.assert_allclose(control, mean, atol=1e-6)
     for name, value in simulation.server.model.items():  # and the model moves along it
@@ -337,6 +340,10 @@ def test_divergence_of_the_server_is_found(digits):
         ({"codec": None}, "feedback: EControl corrects what a codec leaves out"),
         ({"accumulate": "float16"}, "accumulate: expected one of float32, float64, reproducible"),
         ({"feedback": EF14(), "control_step": "saga"}, "control_step: 'saga' is for EControl"),
+        ({"feedback": EF14(), "start": "dense"}, "start: 'dense' is for EControl and EF21"),
+        ({"start": "warm"}, "start: expected one of zero, dense"),
+        ({"codec": "topk"}, "codec: expected a codec of flcore.compression, or None"),
+        ({"feedback": TopK(k=1)}, "feedback: expected an error control of flcore.compression"),
     ],
 )
 def test_impossible_settings_are_named(settings, message):

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import flcore
+from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.ops.sparsify import sparsify
+from flcore.reference import feedback, wire
 from flcore.reference import sparsify as reference
-from flcore.reference import wire
 from support import np_dtype, outputs_per_level, unaligned
 
 # Around the vector widths, the block of 1024 coordinates and the tile of 65,536 (16-bit indices).
@@ -26,18 +27,32 @@ def kept(packet: np.ndarray) -> tuple[list[int], list[float]]:
     return body.indices.tolist(), body.values.tolist()
 
 
-def run(variant, update, *, k, state="eh", rounds=1, a=0.3, b=1.0, seed=1, **options):
+def random_state(kept, numel, rng, *, spare=True, dtype="float32", **factors):
+    """State of random values, with spares for e and v on request."""
+
+    def buffer(name):
+        x = rng.standard_normal(numel).astype(np.float32)
+        return x if name == "h" or dtype == "float32" else (x.view(np.uint32) >> 16).astype("u2")
+
+    buffers = {name: buffer(name) for name in kept}
+    spares = {name: np.full_like(x, 7) for name, x in buffers.items() if name != "h"}
+    return State(**buffers, **factors, spare=spares if spare else {})
+
+
+def run(variant, update, *, k, state="eh", rounds=1, seed=1, spare=True, carried=True, **options):
     """Packets and state after some rounds, as bytes; the state starts with random values."""
     layers = update if isinstance(update, list) else [update]
     numel = sum(x.size if isinstance(x, np.ndarray) else x.numel() for x in layers)
-    rng = np.random.default_rng(seed)
-    e = rng.standard_normal(numel).astype(np.float32) if "e" in state else None
-    h = rng.standard_normal(numel).astype(np.float32) if "h" in state else None
+    factors = {"a": 0.3, "b": 1.0, "p": 0.5, "q": 0.25, "mask": False, "dtype": "float32"}
+    factors |= {name: options.pop(name) for name in factors.keys() & options.keys()}
+    memory = random_state(state, numel, np.random.default_rng(seed), spare=spare, **factors)
+    segments = 1 if isinstance(k, int) else k.size
+    tau = np.zeros(segments, np.uint32) if carried else None
     packets = [
-        sparsify(update, k=k, e=e, h=h, a=a, b=b, variant=variant, **options).tobytes()
-        for _ in range(rounds)
+        sparsify(update, k=k, state=memory, tau=tau, variant=variant, round=t, **options).tobytes()
+        for t in range(rounds)
     ]
-    return packets, [x.tobytes() for x in (e, h) if x is not None]
+    return packets, [x.tobytes() for x in (*memory.buffers().values(), tau) if x is not None]
 
 
 def same(update, **options):
@@ -53,10 +68,10 @@ def same(update, **options):
 def test_worked_example():
     g = np.array([4, -3, 2, 1], np.float32)
     for variant in ("reference", "cpu"):
-        e, h = np.zeros(4, np.float32), np.zeros(4, np.float32)
-        packet = sparsify(g, k=1, e=e, h=h, a=0.5, variant=variant)
+        state = State(e=np.zeros(4, np.float32), h=np.zeros(4, np.float32), a=0.5)
+        packet = sparsify(g, k=1, state=state, variant=variant)
         assert kept(packet) == ([0], [4.0])
-        assert e.tolist() == [0, -3, 2, 1] and h.tolist() == [4, 0, 0, 0]
+        assert state.e.tolist() == [0, -3, 2, 1] and state.h.tolist() == [4, 0, 0, 0]
 
 
 def test_keys_order_magnitudes():
@@ -124,7 +139,8 @@ def test_equals_the_reference(numel, state, rng):
 
 def test_empty_update():
     for variant in ("reference", "cpu"):
-        packet = sparsify(np.empty(0, np.float32), k=0, e=np.empty(0, np.float32), variant=variant)
+        state = State(e=np.empty(0, np.float32))
+        packet = sparsify(np.empty(0, np.float32), k=0, state=state, variant=variant)
         assert kept(packet) == ([], []) and packet.size == 192
 
 
@@ -185,6 +201,7 @@ def test_layers_are_one_update(rng):
 
 DIGESTS = """
 import hashlib, numpy as np, flcore
+from flcore._state import State
 from flcore.ops.sparsify import sparsify
 rng = np.random.default_rng(5)
 digest = hashlib.sha256()
@@ -192,11 +209,13 @@ for numel in (17, 1025, 65537, 300_001):
     for dtype in ("float64", "float32", "float16"):
         g = rng.standard_normal(numel).astype(dtype)
         e, h = (rng.standard_normal(numel).astype(np.float32) for _ in range(2))
+        state = State(e=e, h=h, a=0.02, spare={"e": np.empty_like(e)})
+        tau = np.zeros(1, np.uint32)
         for round, values in enumerate(("float32", "float16", "bfloat16")):
             for index in ("tile16", "bitmask"):
-                p = sparsify(g, k=-(-numel // 50), e=e, h=h, a=0.02, values=values, index=index)
+                p = sparsify(g, k=-(-numel // 50), state=state, tau=tau, values=values, index=index)
                 digest.update(p.tobytes())
-        digest.update(e.tobytes() + h.tobytes())
+        digest.update(state.e.tobytes() + state.h.tobytes())
 equal = np.full(200_000, 0.5, np.float32)
 digest.update(sparsify(equal, k=77_777).tobytes())
 print(digest.hexdigest())
@@ -229,12 +248,12 @@ def test_any_floats(data):
     k, values = data.draw(st.integers(1, numel)), data.draw(st.sampled_from(VALUES))
     results = []
     for variant in ("reference", "cpu"):
-        e, h = e0.copy(), h0.copy()
-        packet = sparsify(g, k=k, e=e, h=h, a=a, b=b, values=values, variant=variant)
+        state = State(e=e0.copy(), h=h0.copy(), a=a, b=b)
+        packet = sparsify(g, k=k, state=state, values=values, variant=variant)
+        e, h = state.e, state.h
         results.append((packet.tobytes(), e.tobytes(), h.tobytes()))
     assert results[0] == results[1]
-    with np.errstate(all="ignore"):
-        t, u = reference.affine(g, e0, h0, a, b)
+    _, t, u = feedback.form(g, State(e=e0, h=h0, a=a, b=b))
     indices, _ = kept(packet)
     assert len(indices) == k == len(set(indices)) and indices == sorted(indices)
     outside = np.setdiff1d(np.arange(numel), indices)
@@ -248,16 +267,20 @@ def test_any_floats(data):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 17, 70_000])
-def test_nothing_is_written_when_a_value_is_not_finite(bad, at, rng):
-    for place in ("update", "e", "h"):
-        arrays = {name: rng.standard_normal(70_001).astype(np.float32) for name in ("g", "e", "h")}
-        arrays["g" if place == "update" else place][at] = bad
-        before = {name: x.copy() for name, x in arrays.items()}
+@pytest.mark.parametrize("spare", [False, True])
+def test_nothing_is_written_when_a_value_is_not_finite(bad, at, spare, rng):
+    for place in ("g", "e", "h", "v"):
+        g = rng.standard_normal(70_001).astype(np.float32)
+        state = random_state("ehv", g.size, rng, spare=spare, p=0.5)
+        tau = np.full(1, 0x3FC00000, np.uint32)  # 1.5: a guess that would do
+        (g if place == "g" else getattr(state, place))[at] = bad
+        before = {name: x.copy() for name, x in state.buffers().items()}
         for variant in ("reference", "cpu"):
             with pytest.raises(NonFiniteError, match="no state changed"):
-                sparsify(arrays["g"], k=5, e=arrays["e"], h=arrays["h"], variant=variant)
-        for name, x in arrays.items():
+                sparsify(g, k=5, state=state, tau=tau, variant=variant)
+        for name, x in state.buffers().items():
             assert x.tobytes() == before[name].tobytes(), name
+        assert tau[0] == 0x3FC00000
 
 
 def test_overflow_counts_as_not_finite():
@@ -265,7 +288,7 @@ def test_overflow_counts_as_not_finite():
     e = np.full(20, 3e38, np.float32)
     for variant in ("reference", "cpu"):
         with pytest.raises(NonFiniteError, match="overflows float32"):
-            sparsify(g, k=1, e=e, a=0.0, variant=variant)  # u is finite, t is not
+            sparsify(g, k=1, state=State(e=e, a=0.0), variant=variant)  # u is finite, t is not
     with pytest.raises(NonFiniteError, match=r"update\['w'\].*got inf at flat position 1"):
         sparsify({"v": g, "w": np.array([1, 1e39])}, k=1)
     assert e.tolist() == [np.float32(3e38)] * 20
@@ -282,9 +305,47 @@ def test_overflow_counts_as_not_finite():
         ({"round": -1}, InvalidInputError, "round: expected 0 <= round"),
         ({"epoch": 2**32}, InvalidInputError, "epoch: expected"),
         ({"tensors": b"x"}, InvalidInputError, "tensors: expected a multiple of 64 bytes"),
-        ({"e": np.zeros(7, np.float32)}, InvalidInputError, r"e: expected shape \(8,\)"),
-        ({"h": np.zeros(8)}, DTypeError, "h: expected a float32 NumPy array, got float64"),
-        ({"e": np.zeros(16, np.float32)[::2]}, InvalidInputError, "e: expected a contiguous"),
+        (
+            {"state": State(e=np.zeros(7, np.float32))},
+            InvalidInputError,
+            r"e: expected shape \(8,\)",
+        ),
+        (
+            {"state": State(h=np.zeros(8))},
+            DTypeError,
+            "h: expected a float32 NumPy array, got float64",
+        ),
+        (
+            {"state": State(e=np.zeros(16, np.float32)[::2])},
+            InvalidInputError,
+            "e: expected a contiguous",
+        ),
+        ({"floor": -1.0}, InvalidInputError, "floor, slack: expected finite numbers >= 0"),
+        ({"slack": np.nan}, InvalidInputError, "floor, slack: expected finite numbers >= 0"),
+        ({"rank": 3}, InvalidInputError, "rank: expected 0 to k, got 3"),
+        ({"tau": np.zeros(1)}, DTypeError, "tau: expected a uint32 array, got float64"),
+        ({"tau": np.zeros(2, "u4")}, InvalidInputError, r"tau: .* of shape \(1,\), got \(2,\)"),
+        ({"segments": [0, 8]}, DTypeError, "segments: expected a 1-D int64 array, got list"),
+        (
+            {"segments": np.array([0, 3, 8]), "k": np.array([1])},
+            InvalidInputError,
+            "k: expected 2 counts, got 1",
+        ),
+        (
+            {"segments": np.array([0, 9]), "k": np.array([1])},
+            InvalidInputError,
+            "segments: expected coordinates that rise from 0 to 8",
+        ),
+        (
+            {"segments": np.array([0, 3, 3, 8]), "k": np.array([1, 1, 1])},
+            InvalidInputError,
+            r"k\[1\]: expected 0 to 0, got 1",
+        ),
+        (
+            {"segments": np.array([0, 3, 8]), "k": np.array([1, 1]), "floor": 1.0},
+            InvalidInputError,
+            "floor, rank: expected one segment, got 2",
+        ),
         ({"variant": "cuda"}, flcore.errors.VariantUnavailableError, "no cuda variant"),
     ],
 )
@@ -297,6 +358,6 @@ def test_mistakes_are_named(change, error, match):
 def test_states_must_not_overlap():
     state = np.zeros(12, np.float32)
     with pytest.raises(InvalidInputError, match="do not overlap"):
-        sparsify(np.ones(8, np.float32), k=1, e=state[:8], h=state[4:])
+        sparsify(np.ones(8, np.float32), k=1, state=State(e=state[:8], h=state[4:]))
     with pytest.raises(DTypeError, match=r"update\[0\]: expected float64.*got int64"):
         sparsify([np.arange(3)], k=1)

@@ -22,6 +22,9 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from flcore.cli.train import train
+from flcore.compression import TopK
+from flcore.simulation import Settings
+from flcore.simulation.budget import advice, coverage
 
 app = typer.Typer()
 app.command()(train)
@@ -107,6 +110,29 @@ def test_without_compression_nothing_is_left_to_control(tmp_path):
     assert metrics(tmp_path)[1]["bytes_up"] == metrics(tmp_path)[1]["bytes_down"]
 
 
+def test_a_budget_that_cannot_converge_is_named(tmp_path):
+    few = ("--rounds", 2, *QUICK, "--ratio", 0.001)
+    output = flcore_train(*few, "-o", tmp_path / "few")
+    assert "warning: a client takes part about" in output and "of the values" in output
+    assert "warning" not in flcore_train("--rounds", 2, *QUICK, "-o", tmp_path / "enough",
+                                         "--ratio", 0.9, "--participation", "50%")  # fmt: skip
+
+
+def test_advice_counts_visits_and_shares():
+    def share(codec, rounds=60, participation=5):
+        settings = Settings(
+            rounds=rounds, clients=50, participation=participation, codec=codec, feedback=None
+        )
+        return coverage(settings, 1000), advice(settings, 1000)
+
+    assert share(TopK(ratio=0.01))[0] == pytest.approx(0.06)
+    assert "train for 200 rounds" in share(TopK(ratio=0.01))[1]
+    assert "send 0.033 of the values" in share(TopK(ratio=0.01))[1]
+    assert share(TopK(ratio=0.01), participation=25) == (pytest.approx(0.3), None)
+    assert share(TopK(k=100)) == (pytest.approx(0.6), None)
+    assert share(None) == (pytest.approx(6), None)
+
+
 def test_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -137,6 +163,10 @@ def test_own_data_from_a_file(tmp_path):
         (["--alpha", "much"], "alpha: expected a number or iid, got 'much'"),
         (["--lr", "1e20", "--clip", "0"], "training diverged: the loss of client"),
         (["--ratio", "0"], "ratio: expected"),
+        (["--compressor", "gzip"], "compressor: expected one of "),
+        (["--compressor", "topk:ration=0.1"], "topk: expected settings like key=value"),
+        (["--error-control", "magic"], "error-control: expected one of "),
+        (["--error-control", "ef21:momentum=7"], "momentum: expected"),
         (["--compressor", "none", "--error-control", "ef14"], "EF14 corrects what a codec leaves"),
         (["--model", "rnn"], "model: there is no 'rnn'"),
         (["--dataset", "mnist2"], "dataset: there is no 'mnist2'"),

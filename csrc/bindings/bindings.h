@@ -15,12 +15,14 @@ void bind_sparsify(pybind11::module_& m);
 void bind_wire(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
 void bind_indices(pybind11::module_& m);
+void bind_randk(pybind11::module_& m);
 void bind_rng(pybind11::module_& m);
 void bind_moments(pybind11::module_& m);
 void bind_mask(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
 void bind_low_rank(pybind11::module_& m);
+void bind_sketch(pybind11::module_& m);
 void bind_vote(pybind11::module_& m);
 void bind_lut_add(pybind11::module_& m);
 

@@ -111,6 +111,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_wire(m);
   bind_quantize(m);
   bind_indices(m);
+  bind_randk(m);
   bind_compression(m);
   bind_sparsify(m);
   bind_rng(m);
@@ -119,6 +120,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_select(m);
   bind_gram(m);
   bind_low_rank(m);
+  bind_sketch(m);
   bind_vote(m);
   bind_lut_add(m);
 }

@@ -23,8 +23,9 @@ inline SparsePacket sparse_packet(const pybind11::dict& fields) {
   packet.header.seed = number("seed");
   packet.header.epoch = uint32_t(number("epoch"));
   packet.header.source_dtype = code("source_dtype", F64, BF16);
-  packet.header.value_dtype = code("value_dtype", F32, BF16);
-  packet.header.index = code("index", wire::BITMASK, wire::TILE16);
+  packet.header.value_dtype = code("value_dtype", F32, WIRE_INT8);
+  packet.header.index = code("index", wire::SEEDED, wire::TILE_RICE);
+  packet.smallest = fields.contains("smallest") && fields["smallest"].cast<bool>();
   packet.tensors = reinterpret_cast<const uint8_t*>(uintptr_t(number("tensors")));
   packet.tensor_count = int64_t(number("tensor_count"));
   packet.out = reinterpret_cast<uint8_t*>(uintptr_t(number("out")));

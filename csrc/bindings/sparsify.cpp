@@ -35,11 +35,29 @@ static int64_t sparsify_packet(const Addresses& layers, const std::vector<int64_
   return sparsify(call.args, selection, out);
 }
 
+// Key of entry `rank` of a sample.
+static uint32_t sample_key(const Addresses& layers, const std::vector<int64_t>& numel,
+                           const std::vector<int>& dtype, const py::dict& state, int64_t step,
+                           int64_t phase, int64_t rank, int threads) {
+  const FeedbackCall call(layers, numel, dtype, state, 0, 0, threads);
+  FLCORE_CHECK(step >= 1 && phase >= 0 && phase < step, "phase: expected 0 to ", step - 1, ", got ",
+               phase);
+  const int64_t samples = sparse_samples(call.args.numel, step, phase);
+  FLCORE_CHECK(rank >= 1 && rank <= samples, "rank: expected 1 to ", samples, ", got ", rank);
+  py::gil_scoped_release nogil;
+  std::vector<uint32_t> keys(static_cast<size_t>(samples));
+  cpu().sparsify->sample(call.args, 0, call.args.numel, step, phase, keys.data());
+  return cpu().sparsify->ranked(keys.data(), samples, rank);
+}
+
 void bind_sparsify(py::module_& m) {
   m.def("sparsify", &sparsify_packet, py::arg("layers"), py::arg("numel"), py::arg("dtype"),
         py::arg("state"), py::arg("segments"), py::arg("starts"), py::arg("k"), py::arg("floor"),
         py::arg("rank"), py::arg("slack"), py::arg("tau"), py::arg("packet"), py::arg("threads"),
         "Feedback, exact top-k, packet, state update (csrc/sparsify.cpp); bytes, or -1: not finite.");
+  m.def("sample_key", &sample_key, py::arg("layers"), py::arg("numel"), py::arg("dtype"),
+        py::arg("state"), py::arg("step"), py::arg("phase"), py::arg("rank"), py::arg("threads"),
+        "Key of the rank-th largest of a sample of u: SPARSE_RUN coordinates of every step runs.");
 }
 
 }  // namespace flcore

@@ -18,10 +18,10 @@ namespace flcore {
 namespace {
 
 wire::Packet parse_packet(uintptr_t data, size_t bytes, uint64_t max_numel,
-                          uint64_t max_payload_bytes, uint64_t max_tensors) {
+                          uint64_t max_payload_bytes, uint64_t max_tensors, int threads) {
   py::gil_scoped_release nogil;
   return wire::parse(reinterpret_cast<const uint8_t*>(data), bytes,
-                     wire::Limits{max_numel, max_payload_bytes, max_tensors});
+                     wire::Limits{max_numel, max_payload_bytes, max_tensors}, threads);
 }
 
 // A packet that is about to be written.
@@ -85,7 +85,7 @@ void bind_wire(py::module_& m) {
           },
           py::arg("type"), "Offset and length in bytes of a section; the length is 0 without one.");
   m.def("parse_packet", &parse_packet, py::arg("data"), py::arg("bytes"), py::arg("max_numel"),
-        py::arg("max_payload_bytes"), py::arg("max_tensors"),
+        py::arg("max_payload_bytes"), py::arg("max_tensors"), py::arg("threads") = 1,
         "Check a whole packet (csrc/wire.cpp); raises PacketError.");
   py::class_<PacketFrame>(m, "PacketFrame", "Header and sections of a packet to be written.")
       .def(py::init(&make_frame), py::kw_only(), py::arg("codec"), py::arg("numel"),

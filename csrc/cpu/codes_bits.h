@@ -39,7 +39,8 @@ FLCORE_INLINE void store_u8(uint8_t* p, const vi32& x) {
   store(p, _mm512_maskz_cvtepi32_epi8(__mmask16(0xffff), (__m512i)x));
 #elif defined(__AVX2__)
   const __m256i low = (__m256i)(x & 0xff);
-  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 #else
   for (int k = 0; k < LANES; ++k) p[k] = uint8_t(x[k]);
@@ -93,7 +94,7 @@ FLCORE_INLINE const uint16_t* ahead(const uint16_t* random, int64_t i) {
   return random ? random + i : random;
 }
 
-// ---- 9 bits: code j of a bucket occupies the bits [9 j, 9 j + 9), the rest is zero ----------------
+// ---- 9 bits: code j of a bucket occupies the bits [9 j, 9 j + 9), the rest is zero -------------
 
 FLCORE_INLINE uint64_t join_nine(uint64_t v) {  // four codes, one a word, to 36 bits
   v = (v & 0x000001ff000001ff) | ((v & 0x01ff000001ff0000) >> 7);
@@ -105,7 +106,8 @@ FLCORE_INLINE uint64_t split_nine(uint64_t v) {
 }
 
 FLCORE_INLINE void pack_eight_nines(const uint16_t* codes, uint8_t* out) {
-  const uint64_t low = join_nine(load<uint64_t>(codes)), high = join_nine(load<uint64_t>(codes + 4));
+  const uint64_t low = join_nine(load<uint64_t>(codes));
+  const uint64_t high = join_nine(load<uint64_t>(codes + 4));
   store(out, low | high << 36);
   out[8] = uint8_t(high >> 28);
 }

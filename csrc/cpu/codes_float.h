@@ -2,8 +2,8 @@
 // compression, Horvath et al., arXiv 1905.10988). Codes with one: codes_minifloat.h.
 //
 // Natural: |u| = m 2^e becomes 2^(e+1) with probability m - 1, else 2^e. A random number is added
-// below the exponent field of the float32, and the carry decides. Form 0 is sign and exponent field,
-// 9 bits, at most 2^127; form 1 is sign and 7 bits, 0 or a power from 2^-108 to 2^18: the value is
+// below the exponent field of the float32, and the carry decides. Form 0 is sign and exponent
+// field, 9 bits, at most 2^127; form 1 is sign and 7 bits, 0 or a power from 2^-108 to 2^18: the value is
 // first multiplied by 2^-18, so that 2^-108 is the least normal float32 and what is below it
 // rounds to it or to 0 by the same addition.
 #pragma once
@@ -72,7 +72,7 @@ static void quantize_16(const BucketJob& job) {
   copy_some(job.d + i, &d, 4 * (n - i));
 }
 
-static void quantize_dense(const BucketJob& job) {
+static inline void quantize_dense(const BucketJob& job) {
   switch (job.c.scale_dtype) {
     case F16: return job.c.stochastic ? quantize_16<F16, true>(job) : quantize_16<F16, false>(job);
     case BF16:
@@ -91,7 +91,7 @@ static void dequantize_16(const uint8_t* in, int64_t n, float* out) {
 }
 
 // Codes lie side by side whatever the bucket, so a segment may hold several.
-static void dequantize_dense(const PacketView& p, const Segment& s, float* out, float*) {
+static inline void dequantize_dense(const PacketView& p, const Segment& s, float* out, float*) {
   const int64_t bytes = p.value_dtype == F32 ? 4 : 2;
   const uint8_t* in = p.codes + s.bucket * p.code_stride + s.begin * bytes;
   switch (p.value_dtype) {
@@ -183,7 +183,7 @@ static void quantize_powers(const BucketJob& job) {
   }
 }
 
-static void quantize_natural(const BucketJob& job) {
+static inline void quantize_natural(const BucketJob& job) {
   if (job.c.form == 0)
     job.c.stochastic ? quantize_powers<0, true>(job) : quantize_powers<0, false>(job);
   else
@@ -212,7 +212,8 @@ static void dequantize_powers(const PacketView& p, const Segment& s, float* out,
   }
 }
 
-static void dequantize_natural(const PacketView& p, const Segment& s, float* out, float* work) {
+static inline void dequantize_natural(const PacketView& p, const Segment& s, float* out,
+                                      float* work) {
   if (p.form == 0)
     dequantize_powers<0>(p, s, out, work);
   else

@@ -46,7 +46,7 @@ constexpr float NF4_VALUES[16] = {
 
 constexpr int32_t SCALE_TOP = 0x7f7ffffc;  // bits of the largest float32 up to WIRE_LARGEST
 
-constexpr uint32_t field(int exponent) { return uint32_t(exponent + 127) << 23; }
+constexpr uint32_t exponent_bits(int exponent) { return uint32_t(exponent + 127) << 23; }
 
 // 2^(byte - 127); byte <= 254
 FLCORE_INLINE float e8m0(int byte) { return float_of(byte ? uint32_t(byte) << 23 : 0x400000u); }
@@ -61,15 +61,15 @@ FLCORE_INLINE vi32 mini_cast(const vf32& u, float inverse, float scale, const ui
   constexpr int DROP = 23 - F.mantissa;
   const vi32 bits = (vi32)u;
   const vf32 y = (vf32)(bits & 0x7fffffff) * inverse;
-  vi32 e = vi32{} + int32_t(field(F.emin));  // 2^e as a float
+  vi32 e = vi32{} + int32_t(exponent_bits(F.emin));  // 2^e as a float
   if constexpr (FORM != INT8) e = higher((vi32)y, e) & 0x7f800000;
   const vf32 z = y * (vf32)(int32_t(uint32_t(254 + F.mantissa) << 23) - e);
   vi32 k;
   if constexpr (RANDOM)
     k = __builtin_convertvector(z + random_fraction(random, i, z), vi32);
   else
-    k = (vi32)(z + 0x1p23f) - int32_t(field(23));
-  const vi32 magnitude = lower(k + ((e - int32_t(field(F.emin))) >> DROP), vi32{} + F.top);
+    k = (vi32)(z + 0x1p23f) - int32_t(exponent_bits(23));
+  const vi32 magnitude = lower(k + ((e - int32_t(exponent_bits(F.emin))) >> DROP), vi32{} + F.top);
   if constexpr (FORM == INT8) {
     const vi32 minus = bits >> 31, code = (magnitude ^ minus) - minus;
     d = __builtin_convertvector(code, vf32) * 0x1p-6f * scale;
@@ -107,8 +107,9 @@ FLCORE_INLINE vf32 mini_values(const vi32& code) {
     const vi32 magnitude = FORM == E4M3 || FORM == E5M2 ? lower(low, vi32{} + F.top) : low;
     // a subnormal is read as 1.m 2^emin, from which 2^emin is taken away
     const vi32 small = magnitude < (1 << F.mantissa);
-    const vi32 x = (magnitude << (23 - F.mantissa)) + int32_t(field(F.emin - 1)) + (small & (1 << 23));
-    const vf32 value = (vf32)x - (vf32)(small & int32_t(field(F.emin)));
+    const vi32 x = (magnitude << (23 - F.mantissa)) + int32_t(exponent_bits(F.emin - 1)) +
+                   (small & (1 << 23));
+    const vf32 value = (vf32)x - (vf32)(small & int32_t(exponent_bits(F.emin)));
     return (vf32)((vi32)value | (code >> (F.bits - 1)) << 31);
   }
 }
@@ -157,8 +158,8 @@ FLCORE_INLINE void mini_scale(int32_t top, int dtype, uint8_t* out, float& scale
     constexpr int32_t fraction = (F.top & ((1 << F.mantissa) - 1)) << (23 - F.mantissa);
     int power = ((top + (0x7fffff - fraction)) >> 23) - 127 - F.emax;
     power = power < -126 ? -126 : power > 127 - F.emax ? 127 - F.emax : power;
-    scale = top ? float_of(field(power)) : 0.0f;
-    inverse = top ? float_of(power == 127 ? 0x400000u : field(-power)) : 0.0f;
+    scale = top ? float_of(exponent_bits(power)) : 0.0f;
+    inverse = top ? float_of(power == 127 ? 0x400000u : exponent_bits(-power)) : 0.0f;
     store(out, scale);
   }
 }
@@ -203,7 +204,8 @@ static void quantize_mini(const BucketJob& job) {
     float scale, inverse;
     mini_scale<FORM>(magnitude_top(job.u + at, n), c.scale_dtype, scales, scale, inverse);
     uint8_t* bytes = B == 8 ? codes : reinterpret_cast<uint8_t*>(job.work);
-    mini_codes<FORM, RANDOM>(job.u + at, n, scale, inverse, ahead(job.random, at), bytes, job.d + at);
+    mini_codes<FORM, RANDOM>(job.u + at, n, scale, inverse, ahead(job.random, at), bytes,
+                             job.d + at);
     if constexpr (B < 8) pack_codes<B>(bytes, n, codes);
     scales += c.scale_stride;
     codes += c.code_stride;
@@ -243,7 +245,7 @@ static void quantize_mini(const BucketJob& job) {
     quantize_mini<FORM, false>(job);
 }
 
-static void quantize_minifloat(const BucketJob& job) {
+static inline void quantize_minifloat(const BucketJob& job) {
   switch (job.c.form) {
     case E4M3: return quantize_mini<E4M3>(job);
     case E5M2: return quantize_mini<E5M2>(job);
@@ -256,7 +258,7 @@ static void quantize_minifloat(const BucketJob& job) {
 }
 
 // One bucket or part of it, or whole buckets one after another.
-static void dequantize_minifloat(const PacketView& p, const Segment& s, float* out,
+static inline void dequantize_minifloat(const PacketView& p, const Segment& s, float* out,
                                  float* work) {
   switch (p.form) {
     case E4M3: return dequantize_mini<E4M3>(p, s, out, work);

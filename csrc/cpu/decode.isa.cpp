@@ -12,82 +12,19 @@
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/codes.h"
+#include "cpu/codes_float.h"
+#include "cpu/codes_rotated.h"
+#include "cpu/codes_thc.h"
 #include "cpu/decode_linear.h"
+#include "cpu/decode_sparse.h"
+#include "cpu/decode_low_rank.h"
+#include "cpu/decode_sketch.h"
 #include "cpu/layers.h"
 #include "cpu/vec.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
 namespace {
-
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sections are read as stored");
-
-template <bool ADD, class T>
-FLCORE_INLINE void put(char* at, T weight, T value) {
-  store(at, ADD ? load<T>(at) + weight * value : value);
-}
-
-// visit(local index, position in the packet) for each entry of a tile, in index order
-template <class Visit>
-FLCORE_INLINE void for_entries(const PacketView& p, int64_t numel, int64_t tile,
-                               const Visit& visit) {
-  int64_t j = p.starts[tile];
-  const int64_t stop = p.starts[tile + 1];
-  if (!p.bitmask) {
-    for (; j < stop; ++j) visit(int64_t(load<uint16_t>(p.indices + 2 * j)), j);
-    return;
-  }
-  const int64_t left = numel - tile * SPARSE_TILE;
-  const int64_t bytes = ((left < SPARSE_TILE ? left : SPARSE_TILE) + 7) / 8;
-  const uint8_t* bits = p.indices + tile * (SPARSE_TILE / 8);
-  for (int64_t at = 0; at < bytes; at += 8) {
-    uint64_t word = 0;
-    __builtin_memcpy(&word, bits + at, bytes - at < 8 ? bytes - at : 8);
-    for (; word; word &= word - 1) visit(8 * at + __builtin_ctzll(word), j++);
-  }
-}
-
-// A tile inside one layer of type T (float or double).
-template <int D, bool ADD, class T>
-static void walk_layer(const DecodeArgs& x, const PacketView& p, int64_t tile, int64_t layer) {
-  char* base = static_cast<char*>(x.out[layer]) +
-               int64_t(sizeof(T)) * (tile * SPARSE_TILE - x.starts[layer]);
-  const T weight = T(p.weight);
-  for_entries(p, x.numel, tile, [&](int64_t local, int64_t j) {
-    put<ADD, T>(base + int64_t(sizeof(T)) * local, weight, T(load1<D>(p.values, j)));
-  });
-}
-
-template <int D, bool ADD>
-static void walk_tile(const DecodeArgs& x, const PacketView& p, int64_t tile) {
-  const int64_t begin = tile * SPARSE_TILE;
-  int64_t layer = find_layer(x.starts, x.layers, begin);
-  const int64_t end = begin + SPARSE_TILE < x.numel ? begin + SPARSE_TILE : x.numel;
-  if (end <= x.starts[layer + 1]) {
-    if (x.dtype[layer] == F64)
-      walk_layer<D, ADD, double>(x, p, tile, layer);
-    else
-      walk_layer<D, ADD, float>(x, p, tile, layer);
-    return;
-  }
-  for_entries(p, x.numel, tile, [&](int64_t local, int64_t j) {
-    while (begin + local >= x.starts[layer + 1]) ++layer;  // indices increase
-    char* out = static_cast<char*>(x.out[layer]);
-    const int64_t at = begin + local - x.starts[layer];
-    const float value = load1<D>(p.values, j);
-    if (x.dtype[layer] == F64)
-      put<ADD, double>(out + 8 * at, p.weight, double(value));
-    else
-      put<ADD, float>(out + 4 * at, float(p.weight), value);
-  });
-}
-
-template <bool ADD>
-static void walk(const DecodeArgs& x, const PacketView& p, int64_t tile) {
-  if (p.value_dtype == F32) walk_tile<F32, ADD>(x, p, tile);
-  if (p.value_dtype == F16) walk_tile<F16, ADD>(x, p, tile);
-  if (p.value_dtype == BF16) walk_tile<BF16, ADD>(x, p, tile);
-}
 
 static void zero_tile(const DecodeArgs& x, int64_t tile) {
   const int64_t begin = tile * SPARSE_TILE;
@@ -103,23 +40,6 @@ static void zero_tile(const DecodeArgs& x, int64_t tile) {
   }
 }
 
-// Entries of coordinates [begin, begin + count) of one tile, as values among zeros.
-template <int D>
-static void sparse_range(const PacketView& p, int64_t begin, int64_t count, float* out) {
-  __builtin_memset(out, 0, size_t(count) * 4);
-  const int64_t tile = begin / SPARSE_TILE, from = begin - tile * SPARSE_TILE;
-  for_entries(p, p.numel, tile, [&](int64_t local, int64_t j) {
-    const int64_t at = local - from;
-    if (at >= 0 && at < count) store(out + at, load1<D>(p.values, j));
-  });
-}
-
-static void sparse_range(const PacketView& p, int64_t begin, int64_t count, float* out) {
-  if (p.value_dtype == F32) sparse_range<F32>(p, begin, count, out);
-  if (p.value_dtype == F16) sparse_range<F16>(p, begin, count, out);
-  if (p.value_dtype == BF16) sparse_range<BF16>(p, begin, count, out);
-}
-
 // ---- buckets -----------------------------------------------------------------------------------
 
 constexpr int64_t BLOCK = BLOCK_MAX;
@@ -128,6 +48,11 @@ constexpr int64_t PIECE = BLOCK + 64;  // floats of a piece with what comes befo
 // Part of a bucket, or a run of whole ones for the codecs that take it.
 static void dequantize(const PacketView& p, const Segment& s, float* out, float* work) {
   switch (p.codec) {
+    case CODEC_DENSE: return dequantize_dense(p, s, out, work);
+    case CODEC_NATURAL: return dequantize_natural(p, s, out, work);
+    case CODEC_MINIFLOAT: return dequantize_minifloat(p, s, out, work);
+    case CODEC_ROTATED: return dequantize_rotated(p, s, out, work);
+    case CODEC_THC: return dequantize_thc(p, s, out, work);
     default: walk_linear<false>(p, s, 1, out, reinterpret_cast<uint8_t*>(work));
   }
 }
@@ -178,6 +103,10 @@ static void decode_range(const PacketView& p, int64_t begin, int64_t count, floa
                          float* work) {
   if (p.codec == CODEC_SPARSE)
     sparse_range(p, begin, count, out);
+  else if (p.codec == CODEC_LOW_RANK)
+    dequantize_low_rank(p, begin, count, out);
+  else if (p.codec == CODEC_SKETCH)
+    dequantize_sketch(p, begin, count, out);
   else
     bucket_range(p, begin, count, out, work);
 }
@@ -252,7 +181,7 @@ void add(const DecodeArgs& x) {
     const int64_t begin = chunk * size, end = begin + size < x.numel ? begin + size : x.numel;
     for (int64_t p = 0; p < x.packets;) {
       if (x.views[p].codec == CODEC_SPARSE) {
-        walk<true>(x, x.views[p++], chunk);
+        walk_sparse<true>(x, x.views[p++], chunk);
         continue;
       }
       const int64_t first = p;
@@ -267,7 +196,7 @@ void dense(const DecodeArgs& x) {
   for_chunks((x.numel + SPARSE_TILE - 1) / SPARSE_TILE, x.threads, [&](int64_t tile) {
     if (p.codec == CODEC_SPARSE) {
       zero_tile(x, tile);
-      walk<false>(x, p, tile);
+      walk_sparse<false>(x, p, tile);
       return;
     }
     Block block;

@@ -33,7 +33,7 @@ static void low_rank_part(const PacketView& v, const LowRankLayer& l, int64_t fr
 }
 
 // out[i] = D[begin + i], 0 <= i < count; out may have any alignment
-static void dequantize_low_rank(const PacketView& v, int64_t begin, int64_t count, float* out) {
+static inline void dequantize_low_rank(const PacketView& v, int64_t begin, int64_t count, float* out) {
   int64_t low = 0, high = v.matrix_count - 1;  // the layer that holds `begin`
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;

@@ -12,9 +12,9 @@ namespace flcore {
 // One line a stem: its table of every level is declared here and put into the level's row.
 #define FLCORE_STEMS(X, isa) \
   X(Combine, combine, isa) X(Probe, probe, isa) X(Sparsify, sparsify, isa) \
-  X(Decode, decode, isa) X(Quantize, quantize, isa) X(Indices, indices, isa) \
+  X(Decode, decode, isa) X(Quantize, quantize, isa) X(Indices, indices, isa) X(Randk, randk, isa) \
   X(Crc32c, crc32c, isa) X(Rng, rng, isa) X(Moments, moments, isa) X(Mask, mask, isa) \
-  X(Select, select, isa) X(Gram, gram, isa) X(LowRank, low_rank, isa) X(Vote, vote, isa) \
+  X(Select, select, isa) X(Gram, gram, isa) X(LowRank, low_rank, isa) X(Sketch, sketch, isa) X(Vote, vote, isa) \
   X(LutAdd, lut_add, isa)
 
 #define FLCORE_DECLARE(Type, stem, isa) extern const Type##Fns stem##_##isa;

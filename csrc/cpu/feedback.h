@@ -219,7 +219,7 @@ struct FeedbackSum {  // h + D
 // New state of coordinates [begin, begin + count) after D was sent; d null: nothing was (e <- t,
 // h <- h, v <- s). `scratch`: count floats, may be the block's own t. Where `mask` is set, v becomes 0
 // at coordinates with d != 0.
-static void feedback_store(const FeedbackArgs& x, int64_t begin, int64_t count,
+static inline void feedback_store(const FeedbackArgs& x, int64_t begin, int64_t count,
                            const FeedbackBlock& block, const float* d, float* scratch) {
   if (x.e_new) {
     if (x.state_dtype == BF16) {

@@ -95,12 +95,14 @@ static int bitpack_decode(const uint8_t* in, int64_t room, int64_t n, const uint
       next += int64_t(gap) + 1;
     }
     const int used = int(count * width & 7);
-    if (used && in[bytes - 1] >> used) fault = INDEX_PADDING;
-    if (width && !(any >> (width - 1))) fault = INDEX_WIDE;
+    if (fault == INDEX_FINE) {
+      if (width && !(any >> (width - 1))) fault = INDEX_WIDE;
+      if (used && in[bytes - 1] >> used) fault = INDEX_PADDING;
+    }
     in += bytes;
     room -= bytes;
   }
-  return next > length ? int(INDEX_BEYOND) : fault;
+  return fault == INDEX_FINE && next > length ? int(INDEX_BEYOND) : fault;
 }
 
 // ---- rice -------------------------------------------------------------------------------------

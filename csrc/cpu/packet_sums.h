@@ -1,6 +1,7 @@
 // Weighted sums of packets, a block of coordinates at a time: each packet in turn is decoded into
-// the first-level cache and added, so that a sum has the order and the bits of the sum of decoded
-// rows (cpu/sums.h). The sums of a block are handed on layer by layer and never go to memory.
+// the first-level cache and added, beginning with +0, so that a sum has the order and the bits of
+// the sum of decoded rows (cpu/sums.h), except that it is never -0. The sums of a block are handed
+// on layer by layer and never go to memory.
 #pragma once
 
 #include "api.h"
@@ -35,9 +36,9 @@ static int add_packet(const CombineArgs& a, const Wide& wide, int64_t i, int64_t
       range |=
           add_row_bins<F32>(block.row + first, w, 0, nullptr, reinterpret_cast<double*>(at), m);
     else if (wide(l))
-      add_rows<F32>(one, first, reinterpret_cast<double*>(at), m, i == 0);
+      add_rows<F32>(one, first, reinterpret_cast<double*>(at), m, false);
     else
-      add_rows<F32>(one, first, reinterpret_cast<float*>(at), m, i == 0);
+      add_rows<F32>(one, first, reinterpret_cast<float*>(at), m, false);
   });
   return range ? COMBINE_OUT_OF_RANGE : 0;
 }
@@ -53,7 +54,7 @@ static int sum_packets(const CombineArgs& a, const Wide& wide, const Finish& fin
     const int64_t begin = number * size, end = begin + size < total ? begin + size : total;
     PacketBlock block;
     int found = 0;
-    if (a.n == 0 || bins) __builtin_memset(block.sums, 0, sizeof(block.sums));
+    __builtin_memset(block.sums, 0, sizeof(block.sums));
     for (int64_t i = 0; i < a.n; ++i) found |= add_packet(a, wide, i, begin, end, block);
     for_pieces(a.starts, a.layers, begin, end,
                [&](int64_t l, int64_t offset, int64_t first, int64_t m) {

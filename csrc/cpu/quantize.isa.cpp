@@ -9,6 +9,7 @@
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/codes.h"
+#include "cpu/codes_float.h"
 #include "cpu/codes_linear.h"
 #include "cpu/codes_rotated.h"
 #include "cpu/codes_thc.h"
@@ -28,6 +29,9 @@ constexpr int64_t SLACK = 64;  // floats between the parts of the scratch
 // One bucket, or a run of whole ones for the codecs that take it.
 static void quantize_bucket(const BucketJob& job) {
   switch (job.c.codec) {
+    case CODEC_DENSE: return quantize_dense(job);
+    case CODEC_NATURAL: return quantize_natural(job);
+    case CODEC_MINIFLOAT: return quantize_minifloat(job);
     case CODEC_SIGN: return quantize_sign(job);
     case CODEC_UNIFORM: return quantize_uniform(job);
     case CODEC_AFFINE: return quantize_affine(job);

@@ -272,6 +272,29 @@ void emit(const FeedbackArgs& x, const EmitArgs& out) {
              [&](int64_t tile) { emit_tile(x, out, tile); });
 }
 
+// ---- sample -----------------------------------------------------------------------------------
+
+void sample(const FeedbackArgs& x, int64_t begin, int64_t end, int64_t step, int64_t phase,
+            uint32_t* keys) {
+  const int64_t period = SPARSE_RUN * step, first = begin + SPARSE_RUN * phase;
+  const int64_t runs = first < end ? (end - first + period - 1) / period : 0;
+  constexpr int64_t GROUP = 32;  // runs that a thread takes at a time
+  for_chunks((runs + GROUP - 1) / GROUP, x.threads, [&](int64_t group) {
+    alignas(64) float memory[FEEDBACK_PARTS * SPARSE_RUN];
+    const FeedbackBuffers buffers = feedback_buffers(memory, SPARSE_RUN);
+    int64_t layer = find_layer(x.starts, x.layers, first + group * GROUP * period);
+    for (int64_t r = group * GROUP; r < runs && r < (group + 1) * GROUP; ++r) {
+      const int64_t at = first + r * period;
+      const int64_t count = at + SPARSE_RUN < end ? SPARSE_RUN : end - at;
+      const FeedbackBlock block = feedback_load(x, at, count, layer, buffers);
+      for (int64_t i = 0; i < count; ++i)
+        keys[SPARSE_RUN * r + i] = key_of(load<float>(block.u + i));
+    }
+  });
+}
+
+uint32_t ranked(uint32_t* keys, int64_t count, int64_t k) { return kth_largest(keys, count, k); }
+
 }  // namespace
 }  // namespace FLCORE_ISA
 
@@ -279,6 +302,6 @@ extern const SparsifyFns FLCORE_TABLE(sparsify);
 const SparsifyFns FLCORE_TABLE(sparsify) = {
     &FLCORE_ISA::histogram, &FLCORE_ISA::sweep, &FLCORE_ISA::kth,
     &FLCORE_ISA::count,     &FLCORE_ISA::pick,  &FLCORE_ISA::small,
-    &FLCORE_ISA::small_scratch, &FLCORE_ISA::emit};
+    &FLCORE_ISA::small_scratch, &FLCORE_ISA::emit, &FLCORE_ISA::sample, &FLCORE_ISA::ranked};
 
 }  // namespace flcore

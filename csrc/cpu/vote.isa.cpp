@@ -263,7 +263,10 @@ void sum_tile(const VoteArgs& a, const Workspace& w, int64_t begin, int64_t m) {
              [&](const uint8_t* const* p, int64_t first, int64_t rows) FLCORE_LAMBDA {
                float weight[GROUP];
                for (int64_t r = 0; r < rows; ++r) weight[r] = float(a.rows[first + r].weight);
-               add_signs(p, weight, rows, m, w.sums);
+               if (rows == GROUP)
+                 add_signs(p, weight, GROUP, m, w.sums);  // unrolled
+               else
+                 add_signs(p, weight, rows, m, w.sums);
              });
 }
 

@@ -12,6 +12,8 @@ from flcore.aggregation._decision import Decision, Diagnosis
 from flcore.aggregation._geometry import Geometry, LayerProducts
 from flcore.aggregation._integers import IntegerLayer, split_layers
 from flcore.errors import InvalidInputError, NonFiniteError
+from flcore.ops._combine_packets import combine_packets
+from flcore.ops._packet_rows import PacketRows, packet_rows
 from flcore.ops.combine import combine_layers
 from flcore.ops.gram import Gram, gram_views
 from flcore.ops.select import select_layers
@@ -46,10 +48,16 @@ class Call:
         weights: Sequence[float] | None,
         center: Any,
         variant: str | None,
+        like: Any = None,
     ) -> None:
         self.before, self.rule, self.variant = before, rule, variant
         name = type(rule).__name__
-        self.layout, self.all_rows = _updates.parse_updates(updates)
+        self.packets = packet_rows(updates, like)
+        self.all_rows: list[Any]
+        if self.packets is not None:
+            self.layout, self.all_rows = self.packets.layout, self.packets.packets
+        else:
+            self.layout, self.all_rows = _updates.parse_updates(updates)
         self.clients = np.arange(len(self.all_rows))
         self.weights = None
         if weights is not None:
@@ -91,8 +99,11 @@ class Call:
     def _steps(self) -> list[PreAggregator | Rule]:
         return [*self.before, self.rule]
 
-    def rows(self) -> list[list[Any]]:
+    def rows(self) -> list[list[Any]] | PacketRows:
         """Floating layers of the clients that are read, and of the centre."""
+        if self.packets is not None:
+            found = self.packets.take(self.clients)
+            return found if self.center is None else found.beside(self.center, "center")
         rows = [[self.all_rows[i][j] for j in self.floats] for i in self.clients]
         if self.center is not None:
             rows.append([self.center[j] for j in self.floats])
@@ -107,7 +118,9 @@ class Call:
             needs = {"norms"}
         if not needs:
             return Geometry.of(None, np.zeros(len(self.clients)))
-        views = [self.sub.views(row, f"updates[{i}]") for i, row in enumerate(self.rows())]
+        views: Any = self.rows()
+        if self.packets is None:
+            views = [self.sub.views(row, f"updates[{i}]") for i, row in enumerate(views)]
         order = ("distances", "products", "layers", "norms")
         kinds: list[str] = [kind for kind in order if kind in needs]
         if len(kinds) > 1 and kinds[-1] == "norms":
@@ -222,8 +235,11 @@ class Call:
         if self.center is not None:
             coefficients = np.append(coefficients, 1.0 - coefficients.sum())
         wanted = [float(c) for c in coefficients]
+        rows = self.rows()
+        if isinstance(rows, PacketRows):
+            return self._packet_sum(rows, coefficients, out, policy)
         return combine_layers(
-            [row[part] for row in self.rows()],
+            [row[part] for row in rows],
             lambda keep: [c if i in keep else 0.0 for i, c in enumerate(wanted)],
             layout=self.sub.select(range(len(self.floats))[part]),
             out=out,
@@ -233,12 +249,27 @@ class Call:
             variant=self.variant,
         )
 
+    def _packet_sum(self, rows: PacketRows, weights: np.ndarray, out: Any, policy: str) -> Any:
+        return combine_packets(
+            rows,
+            weights,
+            out=out,
+            accumulate=self.rule.accumulate,
+            nonfinite=policy,
+            divisor=1.0,
+            variant=self.variant,
+        )
+
     def _by_layer(
         self, coefficients: np.ndarray, mix: np.ndarray | None, out: Any, policy: str
     ) -> list[Any]:
         """Sum of every layer with its own weights; `out` is written when all went well."""
+        carried = self._carried(coefficients, mix)
+        rows = self.rows()
+        if isinstance(rows, PacketRows):
+            return self._packet_sum(rows, carried.T, out, policy)
         layers = []
-        for j, shares in enumerate(self._carried(coefficients, mix)):
+        for j, shares in enumerate(carried):
             layers += self._combination(shares, slice(j, j + 1), None, policy)
         if out is None:
             return layers
@@ -249,11 +280,13 @@ class Call:
     def _statistic(
         self, decision: Decision, mix: np.ndarray | None, out: Any, policy: str
     ) -> list[Any]:
-        rows, want = self.rows(), decision.statistic
+        rows: Any = self.rows()
+        want = decision.statistic
         assert want is not None
         entries = None
         if decision.selected is not None and mix is None:
-            rows = [rows[i] for i in np.flatnonzero(decision.selected)]
+            chosen = np.flatnonzero(decision.selected)
+            rows = rows.take(chosen) if self.packets is not None else [rows[i] for i in chosen]
         elif mix is not None:
             kept = mix if decision.selected is None else mix[decision.selected]
             entries = [[(int(j), float(row[j])) for j in np.flatnonzero(row)] for row in kept]

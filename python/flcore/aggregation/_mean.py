@@ -14,6 +14,8 @@ from flcore.aggregation._decision import Decision
 from flcore.aggregation._geometry import Geometry
 from flcore.aggregation._integers import POLICIES, IntegerLayer, split_layers
 from flcore.aggregation._rule import Rule, check_choice
+from flcore.ops._combine_packets import combine_packets
+from flcore.ops._packet_rows import packet_rows
 from flcore.ops.combine import combine_layers
 
 __all__ = ["Mean"]
@@ -67,6 +69,7 @@ class Mean(Rule):
         updates: Any,
         weights: Sequence[float] | None = None,
         *,
+        like: Any = None,
         out: Any = None,
         variant: str | None = None,
     ) -> Any:
@@ -74,10 +77,13 @@ class Mean(Rule):
 
         Parameters
         ----------
-        updates : sequence of updates, or array of shape (n, ...)
-            One update a client, alike in structure, shapes, dtypes and device.
+        updates : sequence of updates, array of shape (n, ...), or list of packets
+            One update a client, alike in structure, shapes, dtypes and device; or packets of
+            `flcore.compression`, of any codecs.
         weights : (n,) numbers >= 0, optional
             Not all zero; all equal when not given. A client of weight 0 is not read.
+        like : update, optional
+            With packets: what the result is like; by default one float32 array.
         out : update, optional
             Where the result goes; untouched when the call raises.
         variant : str, optional
@@ -93,7 +99,12 @@ class Mean(Rule):
         InvalidInputError, DTypeError, NonFiniteError, VariantUnavailableError
             See `flcore.ops.combine`; also weights that are negative or sum to zero.
         """
-        layout, rows = _updates.parse_updates(updates)
+        packets = packet_rows(updates, like)
+        rows: Any = packets
+        if packets is None:
+            layout, rows = _updates.parse_updates(updates)
+        else:
+            layout = packets.layout
         n = len(rows)
         q = [1.0] * n if weights is None else _updates.parse_weights(weights, n, signed=False)
         targets = None if out is None else layout.layers(out, "out")
@@ -103,6 +114,19 @@ class Mean(Rule):
 
         def total(keep: set[int]) -> float:
             return math.fsum(q[i] for i in keep)
+
+        if packets is not None:
+            everyone = total(set(range(n)))
+            results = combine_packets(
+                packets,
+                q if exact else [share / everyone for share in q],
+                out=targets,
+                accumulate=self.accumulate,
+                nonfinite=self.nonfinite,
+                divisor=everyone if exact else 1.0,
+                variant=variant,
+            )
+            return out if out is not None else layout.build(results)
 
         def shares(keep: set[int]) -> list[float]:
             kept.intersection_update(keep)

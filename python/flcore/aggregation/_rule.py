@@ -98,6 +98,7 @@ class Rule:
         weights: Sequence[float] | None = None,
         *,
         center: Any = None,
+        like: Any = None,
         out: Any = None,
         variant: str | None = None,
     ) -> Any:
@@ -105,13 +106,18 @@ class Rule:
 
         Parameters
         ----------
-        updates : sequence of updates, or array of shape (n, ...)
-            One update a client, alike in structure, shapes, dtypes and device.
+        updates : sequence of updates, array of shape (n, ...), or list of packets
+            One update a client, alike in structure, shapes, dtypes and device. Or packets of
+            `flcore.compression`, of any codecs: each tile of all packets is decoded in cache, and
+            the result has the bits of the rule on the decoded float32 updates.
         weights : (n,) numbers >= 0, optional
             Not all zero; an error for rules without a weighted form. Clients of weight 0 are not
             read.
         center : update, optional
             For rules about a centre (previous aggregate): takes the place of the zero vector.
+        like : update, optional
+            With packets: what the result is like, floating layers on the CPU; by default one
+            float32 array.
         out : update, optional
             Where the result goes; untouched when the call raises.
         variant : str, optional
@@ -120,15 +126,15 @@ class Rule:
         Returns
         -------
         update
-            Of the kind, dtype and device of one update. Integer layers get the same aggregate in
-            float64, rounded to the nearest integer.
+            Of the kind, dtype and device of one update, or of `like`. Integer layers get the same
+            aggregate in float64, rounded to the nearest integer.
 
         Raises
         ------
         InvalidInputError, DTypeError, NonFiniteError, VariantUnavailableError
             See `flcore.ops.combine`; also weights, `f` or a centre that the rule cannot use.
         """
-        return Call((), self, updates, weights, center, variant).run(out)
+        return Call((), self, updates, weights, center, variant, like).run(out)
 
     def diagnose(
         self,
@@ -136,13 +142,14 @@ class Rule:
         weights: Sequence[float] | None = None,
         *,
         center: Any = None,
+        like: Any = None,
         variant: str | None = None,
     ) -> Diagnosis:
         """Return scores, selected and rejected clients, norms and non-finite clients.
 
         Takes the arguments of a call; NaN and infinities never raise here.
         """
-        return Call((), self, updates, weights, center, variant).diagnose()
+        return Call((), self, updates, weights, center, variant, like).diagnose()
 
 
 @dataclass(frozen=True)
@@ -202,11 +209,12 @@ class Pipeline:
         weights: Sequence[float] | None = None,
         *,
         center: Any = None,
+        like: Any = None,
         out: Any = None,
         variant: str | None = None,
     ) -> Any:
         """Return the aggregate; arguments as for `Rule`."""
-        return Call(self.before, self.rule, updates, weights, center, variant).run(out)
+        return Call(self.before, self.rule, updates, weights, center, variant, like).run(out)
 
     def diagnose(
         self,
@@ -214,7 +222,8 @@ class Pipeline:
         weights: Sequence[float] | None = None,
         *,
         center: Any = None,
+        like: Any = None,
         variant: str | None = None,
     ) -> Diagnosis:
         """Return what `Rule.diagnose` returns, for the rows that the rule sees."""
-        return Call(self.before, self.rule, updates, weights, center, variant).diagnose()
+        return Call(self.before, self.rule, updates, weights, center, variant, like).diagnose()

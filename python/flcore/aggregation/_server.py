@@ -19,6 +19,7 @@ from flcore.aggregation._checks import number, whole
 from flcore.aggregation._integers import POLICIES, IntegerLayer, split_layers
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.ops._combine_step import step_layers
+from flcore.ops._packet_rows import holds_packets, packet_rows
 from flcore.ops._step import INPUTS, Noise, Step
 from flcore.ops.combine import ACCUMULATE, NONFINITE
 
@@ -113,8 +114,9 @@ class ServerOptimizer(ABC):
         model : update
             The current model w, structure, shapes and device of one client result. Keep it in
             float32 (or float64), also when the clients send float16 or bfloat16.
-        updates : sequence of updates, or array of shape (n, ...)
-            One a client: updates or models, as `inputs` says.
+        updates : sequence of updates, array of shape (n, ...), or list of packets
+            One a client: updates or models, as `inputs` says. Packets of `flcore.compression` are
+            decoded in cache on the way into the step; the model then has floating layers only.
         weights : (n,) numbers >= 0, optional
             Example counts, say; all equal when not given.
         rule : callable, optional
@@ -139,9 +141,16 @@ class ServerOptimizer(ABC):
             See `flcore.ops.combine_step`. The optimiser is then as it was before the call.
         """
         if rule is not None:
-            updates, weights = [rule(updates, weights)], None
-        layout, rows = _updates.parse_updates(updates)
-        n = len(rows)
+            more = {"like": model} if holds_packets(updates) else {}
+            updates, weights = [rule(updates, weights, **more)], None
+        packets = packet_rows(updates, model) if holds_packets(updates) else None
+        if packets is None:
+            layout, rows = _updates.parse_updates(updates)
+        elif self.inputs == "models":
+            raise InvalidInputError("updates: packets hold updates; expected inputs='updates'")
+        else:
+            layout, rows = packets.layout, []
+        n = len(rows if packets is None else packets)
         q = [1.0] * n if weights is None else _updates.parse_weights(weights, n, signed=False)
         exact = self.accumulate == "reproducible"  # raw weights, one division at the end
 
@@ -167,7 +176,7 @@ class ServerOptimizer(ABC):
         given |= state | {f"{name}_out": spare for name, spare in self._spare.items()}
         try:
             result, kept = step_layers(
-                [[row[j] for j in floats] for row in rows],
+                [[row[j] for j in floats] for row in rows] if packets is None else packets,
                 shares,
                 [current[j] for j in floats],
                 step,

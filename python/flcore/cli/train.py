@@ -17,7 +17,7 @@ import typer
 from flcore._extras import require
 from flcore.algorithms import FedAvg, available, create
 from flcore.cli.train_display import Display, show_error, show_result, show_stopped
-from flcore.compression import EF14, EControl, TopK
+from flcore.compression import CODECS, FEEDBACKS, from_text
 from flcore.errors import FlcoreError, InvalidInputError
 from flcore.simulation import MODELS, CheckpointError, Settings, run
 from flcore.simulation.report import write_report
@@ -96,16 +96,26 @@ def train(
         _server(help="Arithmetic of the sum; reproducible: the same bits in any order."),
     ] = SETTING.accumulate,  # type: ignore[assignment]
     compressor: Annotated[
-        Literal["topk", "none"],
-        _uplink(help="topk: the largest values of an update; none: all values, as float32."),
-    ] = "topk",
-    ratio: Annotated[float, _uplink(help="Share of the values that topk sends, 0 to 1.")] = 0.1,
-    error_control: Annotated[
-        Literal["econtrol", "ef14", "none"],
+        str,
         _uplink(
+            metavar="NAME[:KEY=VALUE,...]",
+            help=f"One of {', '.join(sorted(CODECS))}, with settings of the class, such as "
+            "topk:values=bfloat16 or absmax:bits=4; none: all values, as float32.",
+        ),
+    ] = "topk",
+    ratio: Annotated[
+        float,
+        _uplink(help="Share of the values that is sent, 0 to 1, by codecs that send some of them."),
+    ] = 0.1,
+    error_control: Annotated[
+        str,
+        _uplink(
+            metavar="NAME[:KEY=VALUE,...]",
             help="What becomes of the rest. econtrol: it is kept, and messages are changes of an "
             "estimate that the server holds too; ef14: it is added to the client's next update; "
-            "none: it is lost."
+            "ef21: messages are changes of an estimate, nothing else is kept "
+            "(ef21:momentum=0.1); dgc: momentum and rest of each value wait until it is sent; "
+            "none: it is lost.",
         ),
     ] = "econtrol",
     eta: Annotated[
@@ -192,7 +202,7 @@ def _train(options: dict[str, Any]) -> None:
     )
     settings = _settings(options)
     folder = options["output"] or _next_folder(algorithm.name, options["dataset"])
-    display = Display(settings.rounds, settings.participants)
+    display = Display(settings)
     with _stop_on_interrupt(display):
         try:
             with display:
@@ -223,7 +233,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         participation=_participation(options["participation"]),
         alpha=None if options["alpha"] == "iid" else _number("alpha", options["alpha"], "iid"),
         seed=options["seed"],
-        codec=TopK(ratio=options["ratio"]) if options["compressor"] == "topk" else None,
+        codec=_codec(options["compressor"], options["ratio"]),
         feedback=_feedback(options["error_control"], options["eta"]),
         control_step=options["control_step"],
         accumulate=options["accumulate"],
@@ -232,10 +242,27 @@ def _settings(options: dict[str, Any]) -> Settings:
     )
 
 
-def _feedback(name: str, eta: str) -> EF14 | EControl | None:
-    if name == "econtrol":
-        return EControl(eta="auto" if eta == "auto" else _number("eta", eta, "auto"))
-    return EF14() if name == "ef14" else None
+def _codec(text: str, ratio: float) -> Any:
+    if text == "none":
+        return None
+    counted = "k=" in text or "tau=" in text  # instead of a share
+    return _described("compressor", CODECS, text, ratio=None if counted else ratio)
+
+
+def _feedback(text: str, eta: str) -> Any:
+    if text == "none":
+        return None
+    number = "auto" if eta == "auto" else _number("eta", eta, "auto")
+    return _described("error-control", FEEDBACKS, text, eta=number)
+
+
+def _described(option: str, classes: dict[str, Any], text: str, **more: Any) -> Any:
+    try:
+        return from_text(classes, text, **more)
+    except InvalidInputError as error:
+        if text.partition(":")[0] in classes:
+            raise
+        raise InvalidInputError(f"{option}: {error}, or none") from None
 
 
 def _participation(text: str) -> int | float:
@@ -279,11 +306,18 @@ def _stored_options(folder: Path | None) -> dict[str, Any]:
         "participation": str(settings["participation"]),
         "alpha": "iid" if settings["alpha"] is None else str(settings["alpha"]),
         "checkpoint_every": settings["checkpoint_every"],
-        "compressor": "none" if codec is None else "topk",
-        "error_control": "none" if feedback is None else feedback["feedback"],
-        **({} if codec is None else {"ratio": codec["ratio"]}),
+        "compressor": _as_text(CODECS, codec, "codec"),
+        "error_control": _as_text(FEEDBACKS, feedback, "feedback"),
+        **({"ratio": codec["ratio"]} if codec and codec.get("ratio") else {}),
         **({"eta": str(feedback["eta"])} if feedback and "eta" in feedback else {}),
     }
+
+
+def _as_text(classes: dict[str, Any], stored: dict[str, Any] | None, family: str) -> str:
+    """Give what a user would write for stored settings."""
+    if stored is None:
+        return "none"
+    return classes[stored[family]].from_dict(stored).to_text(leave_out=("ratio", "eta"))
 
 
 def _next_folder(algorithm: str, dataset: str) -> Path:

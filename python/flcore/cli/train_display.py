@@ -12,8 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from flcore.simulation.budget import advice
 from flcore.simulation.engine import Observer
 from flcore.simulation.history import PHASES, History, RoundRecord, summary
+from flcore.simulation.settings import Settings
 
 __all__ = ["Display", "show_error", "show_result", "show_stopped"]
 
@@ -26,16 +28,15 @@ class Display(Observer):
 
     Parameters
     ----------
-    rounds : int
-        Rounds of the whole run.
-    participants : int
-        Clients in a round; the bar moves with each of them.
+    settings : Settings
+        Of the run: the bar moves with each client of a round.
     """
 
-    def __init__(self, rounds: int, participants: int) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.stopping = False
-        self._rounds = rounds
-        self._participants = participants
+        self._settings = settings
+        self._rounds = settings.rounds
+        self._participants = settings.participants
         self._up = self._down = 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._progress = Progress(
@@ -49,7 +50,9 @@ class Display(Observer):
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=rounds, round=0, accuracy="", traffic="")
+        self._task = self._progress.add_task(
+            "", total=settings.rounds, round=0, accuracy="", traffic=""
+        )
         self._live = Live(self._render(), console=console, refresh_per_second=8)
 
     def __enter__(self) -> Display:
@@ -68,7 +71,9 @@ class Display(Observer):
             console.print()  # a terminal's cursor is on a new line already
 
     def started(self, history: History) -> None:
-        """Show the rounds that a resumed run has behind it."""
+        """Show the rounds that a resumed run has behind it, and warn of a budget too small."""
+        if words := advice(self._settings, history.config["model"]["parameters"]):
+            errors.print(f"[bold yellow]warning:[/] {escape(words)}", soft_wrap=True)
         for record in history:
             self._add(record)
         self._progress.reset(self._task, total=self._rounds, completed=len(history))

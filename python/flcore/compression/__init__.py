@@ -3,12 +3,22 @@
 from flcore.compression._control import ControlledSum
 from flcore.compression._encoder import Encoder
 from flcore.compression._feedback import DGC, EF14, EF21, EControl
+from flcore.compression._linear import AbsMax, Affine, Sign, Ternary, Uniform
+from flcore.compression._low_rank import LowRank
 from flcore.compression._packet import Packet, decode, decode_add, peek
+from flcore.compression._powersgd import PowerSGD, PowerSGDClient
+from flcore.compression._rotated import Rotated
+from flcore.compression._settings import from_text
+from flcore.compression._sketch import FetchSGD, Sketch, SketchStep, sum_sketches
 from flcore.compression._topk import TopK
+from flcore.compression._two_way import Downlink, Replica
 from flcore.errors import EpochError, PacketError
 from flcore.reference.wire import Header, Limits, TensorEntry
 
-CODECS = {codec.name: codec for codec in (TopK,)}
+CODECS = {
+    codec.name: codec
+    for codec in (TopK, Rotated, Sign, Ternary, AbsMax, Uniform, Affine, LowRank, Sketch)
+}
 """Codec classes by the name that `to_dict` gives."""
 
 FEEDBACKS = {feedback.name: feedback for feedback in (EF14, EF21, EControl, DGC)}
@@ -20,17 +30,33 @@ __all__ = [
     "EF14",
     "EF21",
     "FEEDBACKS",
+    "AbsMax",
+    "Affine",
     "ControlledSum",
+    "Downlink",
     "EControl",
     "Encoder",
     "EpochError",
+    "FetchSGD",
     "Header",
     "Limits",
+    "LowRank",
     "Packet",
     "PacketError",
+    "PowerSGD",
+    "PowerSGDClient",
+    "Replica",
+    "Rotated",
+    "Sign",
+    "Sketch",
+    "SketchStep",
     "TensorEntry",
+    "Ternary",
     "TopK",
+    "Uniform",
     "decode",
     "decode_add",
+    "from_text",
     "peek",
+    "sum_sketches",
 ]

@@ -9,18 +9,24 @@ from typing import Any
 import numpy as np
 
 from flcore import _arrays
+from flcore._updates import Layout
+from flcore.compression._codec import Job
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.reference import feedback as reference
+from flcore.reference import wire, wire_writer
 
 __all__ = [
     "WORD",
     "check_layer",
+    "empty_packet",
     "flat_float32",
     "mix_seed",
+    "read_array",
     "read_memory",
     "read_state",
     "scale_factor",
     "to_bfloat16",
+    "unflatten",
 ]
 
 WORD = 2**64 - 1
@@ -54,6 +60,31 @@ def flat_float32(layers: list[Any]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
+def empty_packet(job: Job) -> np.ndarray:
+    """Return a packet that says no more than that the update was not finite."""
+    header = job.header
+    header["flags"] = job.flags & ~wire.FLAG_RESYNC | wire.FLAG_NONFINITE
+    data = wire_writer.build(
+        np.empty(0, np.int64),
+        np.empty(0, np.uint32),
+        numel=job.numel,
+        values="float32",
+        index="tile16",
+        **header,
+    )
+    return np.frombuffer(data, np.uint8)
+
+
+def unflatten(layout: Layout, targets: list[Any], flat: np.ndarray) -> Any:
+    """Write `flat` (d,) into `targets`, layer after layer, and return them as an update."""
+    start = 0
+    for target in targets:
+        size = _arrays.numel(target)
+        _arrays.assign(target, flat[start : start + size])
+        start += size
+    return layout.build(targets)
+
+
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Return the bits of the nearest bfloat16 numbers; ties to even, the largest stay finite."""
     bits = x.view(np.uint32)
@@ -69,6 +100,22 @@ def check_layer(x: Any, label: str) -> None:
         )
     if _arrays.device_of(x) != "cpu":
         raise DTypeError(f"{label}: expected an array on the CPU, got {_arrays.device_of(x)}")
+
+
+def read_array(
+    state: Mapping[str, Any], name: str, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return an array of a state, checked; uint16 holds bfloat16."""
+    array = np.asarray(state.get(name))
+    if array.dtype != dtype or array.shape != shape:
+        raise InvalidInputError(
+            f"state[{name!r}]: expected {dtype} of shape {shape}, "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    values = reference.from_state(array) if array.dtype == np.uint16 else array
+    if not np.isfinite(values).all():
+        raise InvalidInputError(f"state[{name!r}]: expected finite values")
+    return array
 
 
 def read_state(
@@ -87,15 +134,7 @@ def read_state(
         raise InvalidInputError(f"state['epoch']: expected 0 to 2**32 - 1, got {epoch}")
     arrays = {}
     for name, x in kept.items():
-        array = np.asarray(own[name])
-        if array.dtype != x.dtype or array.shape != x.shape:
-            raise InvalidInputError(
-                f"state[{name!r}]: expected {x.dtype} of shape {x.shape}, "
-                f"got {array.dtype} of shape {array.shape}"
-            )
-        if not np.isfinite(reference.from_state(array)).all():
-            raise InvalidInputError(f"state[{name!r}]: expected finite values")
-        arrays[name] = array
+        arrays[name] = read_array(own, name, x.dtype, x.shape)
     return epoch, arrays
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flcore import _arrays, _updates
-from flcore.compression._client_state import scale_factor
+from flcore.compression._client_state import read_array, scale_factor, unflatten
+from flcore.compression._control_clients import Client, positive, read_client
 from flcore.compression._packet import Packet
 from flcore.errors import DTypeError, EpochError, InvalidInputError, PacketError
 from flcore.ops.decode import ParsedPacket, decode_add_into, decode_into
@@ -19,25 +19,7 @@ from flcore.reference import wire
 
 __all__ = ["ControlledSum"]
 
-_REMEMBERED = 16  # packets of a client by which a repetition is told from a restart
 _DTYPES = {"float32": np.float32, "float64": np.float64}
-
-
-@dataclass
-class _Client:
-    """What the server knows of one client."""
-
-    weight: float
-    packets: int = 0  # taken, which is the epoch of the next
-    waiting: bool = False  # for a resync: nothing else is taken
-    empty: bool = True  # whether its h is still 0
-    recent: list[tuple[int, int]] = field(default_factory=list)  # epoch and checksum
-    h: np.ndarray | None = None
-
-    def remember(self, header: wire.Header) -> None:
-        self.recent = [*self.recent[1 - _REMEMBERED :], (header.epoch, header.crc)]
-        self.packets = (header.epoch + 1) % 2**32
-        self.waiting = self.empty = False
 
 
 class ControlledSum:
@@ -86,8 +68,9 @@ class ControlledSum:
     -----
     A warm start (``Encoder(start="dense")``) begins with a resync packet, which every ControlledSum
     takes as the first of a client. EF21-PP is EF21 where only some clients report; heavy ball
-    (EF21-HB) is a step ``FedAvgM(lr=-lr, momentum=eta).step(model, [H])`` with H; compressing H for
-    the way back (EF21-BC) is `Downlink`. Calls must not overlap in time.
+    (EF21-HB) is ``FedAvgM(momentum=eta).step(model, [H])``, where clients send updates and not
+    gradients; compressing H for the way back (EF21-BC) is `Downlink`. Calls must not overlap in
+    time.
 
     References
     ----------
@@ -128,9 +111,9 @@ class ControlledSum:
                 raise DTypeError(f"{label}: expected {_arrays.FLOATS}, got {_arrays.dtype_name(x)}")
         self._like = [_arrays.empty_like(x) for x in layers]
         self.numel = sum(_arrays.numel(x) for x in layers)
-        self.total_weight = _weight(total_weight, "total_weight")
+        self.total_weight = positive(total_weight, "total_weight")
         self._sum = np.zeros(self.numel, _DTYPES[dtype])
-        self._clients: dict[Hashable, _Client] = {}
+        self._clients: dict[Hashable, Client] = {}
         self._keep = keep_h is not False
         self._folder = None if isinstance(keep_h, bool) else Path(keep_h)
         self._limits = limits or wire.Limits(max_numel=max(self.numel, 1))
@@ -192,7 +175,7 @@ class ControlledSum:
         known = self._clients.get(client)
         fresh = known is None
         if known is None:
-            known = _Client(_weight(1.0 if weight is None else weight, "weight"))
+            known = Client(positive(1.0 if weight is None else weight, "weight"))
             taken = math.fsum(c.weight for c in self._clients.values()) + known.weight
             if taken > self.total_weight * (1 + 1e-9):
                 raise InvalidInputError(
@@ -215,7 +198,7 @@ class ControlledSum:
         if header.nonfinite:
             return False
         if weight is not None and not fresh:
-            self._reweigh(client, known, _weight(weight, "weight"))
+            self._reweigh(client, known, positive(weight, "weight"))
         if fresh:
             self._clients[client] = known
         if self._keep and known.h is None:
@@ -284,16 +267,11 @@ class ControlledSum:
 
     def result(self, out: Any = None) -> Any:
         """Return H, of the structure, dtype and device of `like`; into `out` if given."""
+        mean = self._sum / self.total_weight
         if out is None:
-            targets = [_arrays.empty_like(x) for x in self._like]
-        else:
-            targets = self._layout.layers(out, "out")
-        start = 0
-        for target in targets:
-            size = _arrays.numel(target)
-            _arrays.assign(target, self._sum[start : start + size] / self.total_weight)
-            start += size
-        return self._layout.build(targets) if out is None else out
+            return unflatten(self._layout, [_arrays.empty_like(x) for x in self._like], mean)
+        unflatten(self._layout, self._layout.layers(out, "out"), mean)
+        return out
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -337,21 +315,13 @@ class ControlledSum:
             raise InvalidInputError(
                 f"state['numel']: expected {self.numel}, got {state['numel']!r}"
             )
-        total = _weight(state["total_weight"], "state['total_weight']")
+        total = positive(state["total_weight"], "state['total_weight']")
         arrays = {}
         for name in wanted - {"numel", "total_weight", "clients"}:
             dtype = self._sum.dtype if name == "sum" else np.dtype(np.float32)
-            array = np.asarray(state[name])
-            if array.dtype != dtype or array.shape != (self.numel,):
-                raise InvalidInputError(
-                    f"state[{name!r}]: expected {dtype} of shape ({self.numel},), "
-                    f"got {array.dtype} of shape {array.shape}"
-                )
-            if not np.isfinite(array).all():
-                raise InvalidInputError(f"state[{name!r}]: expected finite values")
-            arrays[name] = array
+            arrays[name] = read_array(state, name, dtype, (self.numel,))
         try:
-            clients = {facts["client"]: _read_client(facts) for facts in state["clients"]}
+            clients = {facts["client"]: read_client(facts) for facts in state["clients"]}
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInputError(f"state['clients']: cannot be read: {error!r}") from None
         for i, known in enumerate(clients.values()):
@@ -379,7 +349,7 @@ class ControlledSum:
         _ = parsed.view  # reads the packet: what is wrong with it must show before anything changes
         return parsed
 
-    def _check_epoch(self, client: Hashable, known: _Client, header: wire.Header) -> None:
+    def _check_epoch(self, client: Hashable, known: Client, header: wire.Header) -> None:
         if not known.waiting and header.epoch == known.packets:
             return
         gap = header.epoch - known.packets
@@ -400,7 +370,7 @@ class ControlledSum:
             header.epoch,
         )
 
-    def _reweigh(self, client: Hashable, known: _Client, weight: float) -> None:
+    def _reweigh(self, client: Hashable, known: Client, weight: float) -> None:
         if weight == known.weight:
             return
         if known.h is None and not known.empty:
@@ -413,7 +383,7 @@ class ControlledSum:
         self.total_weight += weight - known.weight
         known.weight = weight
 
-    def _add_h(self, known: _Client, weight: float) -> None:
+    def _add_h(self, known: Client, weight: float) -> None:
         assert known.h is not None
         self._sum += self._sum.dtype.type(weight) * known.h
 
@@ -422,20 +392,3 @@ class ControlledSum:
             return np.zeros(self.numel, np.float32)
         path = self._folder / f"h{index}.float32"
         return np.memmap(path, np.float32, "w+", shape=(self.numel,))
-
-
-def _read_client(facts: Mapping[str, Any]) -> _Client:
-    return _Client(
-        _weight(facts["weight"], "weight"),
-        int(facts["packets"]),
-        bool(facts["waiting"]),
-        bool(facts["empty"]),
-        [(int(epoch), int(crc)) for epoch, crc in facts["recent"]],
-    )
-
-
-def _weight(value: Any, name: str) -> float:
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise InvalidInputError(f"{name}: expected a positive finite number, got {value!r}")
-    return float(value)

@@ -12,6 +12,7 @@ from flcore._state import State
 from flcore.compression._client_state import (
     WORD,
     check_layer,
+    empty_packet,
     flat_float32,
     mix_seed,
     read_memory,
@@ -21,8 +22,8 @@ from flcore.compression._client_state import (
 )
 from flcore.compression._codec import Codec, Job
 from flcore.compression._feedback import Factors, Feedback
+from flcore.compression._floats import Dense
 from flcore.compression._packet import Packet
-from flcore.compression._topk import TopK
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.reference import feedback as reference
 from flcore.reference import wire, wire_writer
@@ -30,7 +31,7 @@ from flcore.reference import wire, wire_writer
 __all__ = ["Encoder"]
 
 STATE_DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
-_DENSE = TopK(ratio=1.0)
+_DENSE = Dense("float32")
 
 
 class Encoder:
@@ -143,7 +144,9 @@ class Encoder:
         self.numel = sum(_arrays.numel(x) for x in layers)
         self.epoch = 0
         dtypes = {name: STATE_DTYPES[state_dtype] for name in ("e", "v")} | {"h": np.float32}
-        self._state = State(**{name: np.zeros(self.numel, dtypes[name]) for name in kept})
+        self._state = State()
+        for name in kept:
+            setattr(self._state, name, np.zeros(self.numel, dtypes[name]))
         self._memory: dict[str, dict[str, Any]] = {}
         self._tensors = b""
         if tensor_table:
@@ -172,8 +175,8 @@ class Encoder:
     @property
     def k(self) -> int:
         """Number of entries that a packet holds: all d unless the codec selects."""
-        count = getattr(self.codec, "count", None)
-        return self.numel if count is None else int(count(self.numel))
+        entries = getattr(self.codec, "entries", None)
+        return self.numel if entries is None else int(entries(self._shapes))
 
     # ---- packets -------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Encoder:
         except NonFiniteError:
             if self.nonfinite == "raise":
                 raise
-            return self._empty_packet(job)
+            return Packet(empty_packet(job), trusted=True)
         if job.memory:
             self._memory[used.name] = job.memory
         self.epoch = (self.epoch + 1) % 2**32
@@ -300,19 +303,6 @@ class Encoder:
             tensors=self._tensors,
             client=self.client or 0,
         )
-
-    def _empty_packet(self, job: Job) -> Packet:
-        header = job.header
-        header["flags"] = job.flags & ~wire.FLAG_RESYNC | wire.FLAG_NONFINITE
-        data = wire_writer.build(
-            np.empty(0, np.int64),
-            np.empty(0, np.uint32),
-            numel=self.numel,
-            values="float32",
-            index="tile16",
-            **header,
-        )
-        return Packet(np.frombuffer(data, np.uint8), trusted=True)
 
     # ---- state ---------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 from flcore.errors import InvalidInputError
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "from_text"]
 
 
 class Settings:
@@ -44,3 +46,64 @@ class Settings:
         if unknown := options.keys() - known:
             raise InvalidInputError(f"settings: {cls.__name__} has no {', '.join(sorted(unknown))}")
         return cls(**options)
+
+    def to_text(self, leave_out: Collection[str] = ()) -> str:
+        """Return the settings as one word, ``name:key=value,...``; `from_text` reads it."""
+        options = asdict(self)  # type: ignore[call-overload]
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        changed = [
+            f"{key}={value}"
+            for key, value in options.items()
+            if value != defaults[key] and key not in leave_out
+        ]
+        return ":".join([self.name, ",".join(changed)] if changed else [self.name])
+
+
+def from_text(classes: Mapping[str, type], text: str, **more: Any) -> Any:
+    """Return the codec or the error control that a word describes.
+
+    Parameters
+    ----------
+    classes : mapping
+        Classes by name: `flcore.compression.CODECS` or `FEEDBACKS`.
+    text : str
+        ``name`` or ``name:key=value,key=value``, e.g. ``topk:ratio=0.01,values=bfloat16``.
+    more
+        Settings that `text` need not repeat; those that are None, that the class does not have or
+        that `text` gives are left out.
+
+    Raises
+    ------
+    InvalidInputError
+        There is no such name, or no such setting, or a value that cannot be used.
+
+    Examples
+    --------
+    >>> from flcore.compression import CODECS
+    >>> codec = from_text(CODECS, "topk:ratio=0.01,values=bfloat16")
+    >>> codec.ratio, codec.values
+    (0.01, 'bfloat16')
+    """
+    name, _, rest = text.partition(":")
+    if name not in classes:
+        raise InvalidInputError(f"expected one of {', '.join(sorted(classes))}, got {name!r}")
+    kind = classes[name]
+    known = {field.name for field in fields(kind)}
+    options = {key: value for key, value in more.items() if key in known and value is not None}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or key not in known:
+            raise InvalidInputError(
+                f"{name}: expected settings like key=value with a key of "
+                f"{', '.join(sorted(known)) or 'none: it has no settings'}; got {part!r}"
+            )
+        options[key] = _value(value)
+    return kind(**options)
+
+
+def _value(text: str) -> Any:
+    """Read a number, True, False or None; anything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

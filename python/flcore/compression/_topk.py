@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -13,8 +14,20 @@ from flcore.compression._codec import Codec, Job
 from flcore.errors import InvalidInputError
 from flcore.ops.sparsify import sparsify
 from flcore.reference import wire
+from flcore.reference.wire_frame import TILE
 
-__all__ = ["TopK"]
+__all__ = ["TopK", "carried_tau"]
+
+def carried_tau(job: Job, segments: int) -> np.ndarray:
+    """Return a copy of the thresholds that the last packet left, (segments,) uint32, else zeros."""
+    tau = np.zeros(segments, np.uint32)
+    carried = job.memory.get("tau")
+    if carried is not None and np.shape(carried) == tau.shape:
+        tau[:] = carried
+    return tau
+
+
+SCOPES = ("global", "tensor", "tile")
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,18 @@ class TopK(Codec):
     Parameters
     ----------
     ratio : float, optional
-        Share of the entries that is kept, in (0, 1]: ``k = max(1, ceil(ratio * d))``.
+        Share of the entries that is kept, in (0, 1]: ``k = max(1, ceil(ratio * d))`` of the d in
+        the update or, with scope "tensor", in a layer. Blocks keep ``max(1, round(ratio * tile))``
+        (half up), a shorter last one ``ceil(ratio * its length)``.
     k : int, optional
-        Number of entries, at least 1; all of them in an update with fewer. Either `ratio` or `k`.
+        Number of entries, at least 1, of the update, of each layer or of each block; all of them
+        where there are fewer. Either `ratio` or `k`.
+    scope : {"global", "tensor", "tile"}
+        What entries compete in: the whole update, which keeps most energy; each layer of a list or
+        dict; blocks of `tile` coordinates, counted through the layers. Blocks across layers of very
+        different scale lose much: 8 % of the energy at 1 % where "global" keeps 31 %.
+    tile : int
+        Coordinates of a block, 1 to 65,536.
     values : {"float32", "float16", "bfloat16"}
         Type of the values on the wire.
     index : {"auto", "tile16", "bitmask"}
@@ -40,7 +62,13 @@ class TopK(Codec):
 
     Notes
     -----
-    The scope is the whole update: layers of a list or dict compete with each other.
+    The threshold of the last packet is carried (it is part of the encoder's state), so that one
+    pass over the update suffices as long as it drifts slowly; the packet does not depend on it.
+
+    References
+    ----------
+    Stich et al., "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599. Blocks: Modoranu et
+    al., "MicroAdam", NeurIPS 2024, arXiv 2405.15593.
 
     Examples
     --------
@@ -52,6 +80,8 @@ class TopK(Codec):
     k: int | None = None
     values: str = "float32"
     index: str = "auto"
+    scope: str = "global"
+    tile: int = TILE
     name: ClassVar[str] = "topk"
     dense_state: ClassVar[bool] = False
 
@@ -72,32 +102,84 @@ class TopK(Codec):
             raise InvalidInputError(
                 f"index: expected auto, {', '.join(wire.INDEX_CODINGS)}, got {self.index!r}"
             )
+        if self.scope not in SCOPES:
+            raise InvalidInputError(
+                f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}"
+            )
+        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or not (
+            1 <= self.tile <= TILE
+        ):
+            raise InvalidInputError(f"tile: expected an integer from 1 to {TILE}, got {self.tile!r}")
+
+    def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return the number of entries that a packet of layers of these shapes holds."""
+        return int(self.segments(shapes)[1].sum())
 
     def count(self, numel: int) -> int:
-        """Return the number of entries kept of `numel`."""
+        """Return the number of entries kept of `numel` that compete."""
         if self.k is not None:
             return min(self.k, numel)
-        # as a decimal: 0.07 of 100 is 7, while 0.07 * 100 is a little more in binary
-        share = Fraction(repr(float(self.ratio or 0)))
-        return min(numel, max(1, math.ceil(share * numel)))
+        return min(numel, max(1, math.ceil(self._share() * numel)))
 
-    def index_coding(self, numel: int) -> str:
-        """Return "tile16" or "bitmask", whichever `index` means for an update of `numel`."""
+    def index_coding(self, numel: int, k: int) -> str:
+        """Return "tile16" or "bitmask", whichever `index` means for `k` entries of `numel`."""
         if self.index != "auto":
             return self.index
-        return "bitmask" if 16 * self.count(numel) > numel else "tile16"
+        return "bitmask" if 16 * k > numel else "tile16"
+
+    def segments(self, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return first coordinates (segments + 1,) and counts (segments,) of what is selected.
+
+        Both int64. Segments are the update, its layers, or blocks of coordinates.
+        """
+        sizes = np.array([math.prod(shape) for shape in shapes], np.int64)
+        numel = int(sizes.sum())
+        if self.scope == "global":
+            return np.array([0, numel], np.int64), np.array([self.count(numel)], np.int64)
+        if self.scope == "tensor":
+            starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+            return starts, np.array([self.count(int(n)) for n in sizes], np.int64)
+        blocks, rest = divmod(numel, self.tile)
+        counts = np.full(blocks + (rest > 0), self._block_count(), np.int64)
+        if rest:
+            counts[-1] = self.count(rest)
+        return np.minimum(np.arange(counts.size + 1) * self.tile, numel), counts
+
+    def _block_count(self) -> int:
+        """Return the number of entries kept of a whole block."""
+        if self.k is not None:
+            return min(self.k, self.tile)
+        return max(1, math.floor(self._share() * self.tile + Fraction(1, 2)))
+
+    def _share(self) -> Fraction:
+        """Return the ratio as the decimal that was written.
+
+        0.07 of 100 is 7, while 0.07 * 100 is a little more in binary.
+        """
+        return Fraction(repr(float(self.ratio or 0)))
 
     def eta(self, numel: int) -> float:
-        """Return k/d."""
+        """Return the share of the entries that is kept."""
+        if self.scope == "tile":
+            return self._block_count() / self.tile
         return self.count(numel) / max(numel, 1)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet and move the state on."""
-        return sparsify(
+        starts, counts = self.segments(job.shapes)
+        tau = None
+        if self.scope != "tile":  # blocks are selected in cache, which needs no guess
+            tau = carried_tau(job, counts.size)
+        packet = sparsify(
             job.update,
-            k=self.count(job.numel),
+            k=counts,
+            segments=starts,
+            tau=tau,
             state=job.state,
             values=self.values,
-            index=self.index_coding(job.numel),
+            index=self.index_coding(job.numel, int(counts.sum())),
             **job.header,
         )
+        if tau is not None:
+            job.memory["tau"] = tau
+        return packet

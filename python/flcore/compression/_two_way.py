@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from flcore import _arrays, _updates
-from flcore.compression._client_state import check_layer, flat_float32
+from flcore.compression._client_state import check_layer, flat_float32, read_array, unflatten
 from flcore.compression._codec import Codec
 from flcore.compression._encoder import Encoder
 from flcore.compression._feedback import Feedback
 from flcore.compression._packet import Packet
-from flcore.errors import EpochError, InvalidInputError, NonFiniteError, PacketError
+from flcore.errors import EpochError, NonFiniteError, PacketError
 from flcore.ops.decode import ParsedPacket, decode_add_into, decode_into
 from flcore.reference import wire
 
@@ -40,9 +40,7 @@ class Replica:
         Epoch of the next packet.
     """
 
-    def __init__(
-        self, like: Any, values: Any = None, *, limits: wire.Limits | None = None
-    ) -> None:
+    def __init__(self, like: Any, values: Any = None, *, limits: wire.Limits | None = None) -> None:
         self._layout, layers = _updates.flatten(like, "like")
         for i, x in enumerate(layers):
             check_layer(x, self._layout.label("like", i))
@@ -60,13 +58,7 @@ class Replica:
     @property
     def value(self) -> Any:
         """The vector, a copy, of the structure, dtypes and device of `like`."""
-        layers, start = [], 0
-        for x in self._like:
-            layer, size = _arrays.empty_like(x), _arrays.numel(x)
-            _arrays.assign(layer, self._value[start : start + size])
-            layers.append(layer)
-            start += size
-        return self._layout.build(layers)
+        return unflatten(self._layout, [_arrays.empty_like(x) for x in self._like], self._value)
 
     def apply(self, packet: Any) -> Any:
         """Take a packet of the server and return the new `value`.
@@ -187,7 +179,7 @@ class Downlink:
     def start_at(self, values: Any) -> None:
         """Start anew from values that all clients have: see `Encoder.start_at`."""
         self._encoder.start_at(values)
-        self._replica = Replica(values)
+        self._replica = Replica(values, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state, as `Encoder.state_dict`, and "value" (d,) float32."""
@@ -196,12 +188,8 @@ class Downlink:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; raises as `Encoder.load_state_dict`."""
         rest = {name: x for name, x in state.items() if name != "value"}
-        value = np.asarray(state.get("value"))
-        if value.dtype != np.float32 or value.shape != (self._replica.numel,):
-            raise InvalidInputError(
-                f"state['value']: expected float32 of shape ({self._replica.numel},), "
-                f"got {value.dtype} of shape {value.shape}"
-            )
+        mine = self._replica._value
+        value = read_array(state, "value", mine.dtype, mine.shape)
         self._encoder.load_state_dict(rest)
-        np.copyto(self._replica._value, value)
+        np.copyto(mine, value)
         self._replica.epoch = self._encoder.epoch

@@ -11,6 +11,7 @@ from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops._combine_scales import parse_scales, row_weights
+from flcore.ops._packet_rows import PacketRows, by_reference, holds_packets, packet_rows
 from flcore.ops._step import INPUTS, KINDS, SERVER_STREAM, Noise, Step, Stepped
 from flcore.ops._step_buffers import StepBuffers
 from flcore.ops.combine import ACCUMULATE, _check_options, one_device, settle
@@ -49,7 +50,8 @@ def combine_step(
     Parameters
     ----------
     updates, weights, scales, accumulate, divisor
-        As for `combine`. Updates may be of another floating dtype than the model.
+        As for `combine`. Updates may be of another floating dtype than the model, or packets, which
+        are decoded in cache.
     model : update
         The current w: structure, shapes and device of one update. Keep it in float32 or float64; a
         float16 or bfloat16 model is read and written in its own dtype and loses small steps.
@@ -106,7 +108,14 @@ def combine_step(
     _check_options(accumulate, nonfinite, divisor)
     if inputs not in INPUTS:
         raise InvalidInputError(f"inputs: expected one of {INPUTS}, got {inputs!r}")
-    layout, rows = _updates.parse_updates(updates)
+    packets = packet_rows(updates, model) if holds_packets(updates) else None
+    rows: Any = packets
+    if packets is None:
+        layout, rows = _updates.parse_updates(updates)
+    else:
+        layout = packets.layout
+        if inputs == "models" or scales is not None:
+            raise InvalidInputError("updates: packets are updates and have scales of their own")
     w = _updates.parse_weights(weights, len(rows), signed=True)
     factors = None
     if scales is not None:
@@ -139,7 +148,7 @@ def combine_step(
 
 
 def step_layers(
-    rows: Sequence[Sequence[Any]],
+    rows: Sequence[Sequence[Any]] | PacketRows,
     weights: Callable[[set[int]], Sequence[float]],
     model: Sequence[Any],
     step: Step,
@@ -162,20 +171,24 @@ def step_layers(
     and cast that the caller brings. `tensors`: the layers' names in the noise streams, by default
     0, 1, ... .
     """
-    codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
-    views = [layout.views(row, f"updates[{i}]", codes) for i, row in enumerate(rows)]
-    device = one_device(views[0])
     old = layout.views(model, "model")
-    buffers = StepBuffers(step, layout, old, model, given, cast, (v for row in views for v in row))
-    op = "combine_step" if scales is None else "combine_step_scaled"
+    views: Any = rows
+    op, read = "combine_step_packets", []
+    if not isinstance(rows, PacketRows):
+        codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
+        views = [layout.views(row, f"updates[{i}]", codes) for i, row in enumerate(rows)]
+        op = "combine_step" if scales is None else "combine_step_scaled"
+        read = [v for row in views for v in row]
+    device = one_device(rows.layers if isinstance(rows, PacketRows) else views[0])
+    buffers = StepBuffers(step, layout, old, model, given, cast, read)
     function = _variants.choose(op, device, variant)
     tensors = list(range(len(old))) if tensors is None else list(tensors)
 
     def run(keep: set[int], active: list[int], w: Sequence[float]) -> int:
         flags = function(
-            [views[i] for i in active],
+            rows.take(active) if isinstance(rows, PacketRows) else [views[i] for i in active],
             row_weights(w, active, scales),
-            layers=views[0],
+            layers=rows.layers if isinstance(rows, PacketRows) else views[0],
             step=step,
             old=buffers.old,
             new=buffers.new,
@@ -224,7 +237,7 @@ def _explain_step(
 
 
 def _combine_step_cpu(
-    rows: Sequence[Sequence[View]],
+    rows: Sequence[Sequence[View]] | PacketRows,
     weights: Sequence[float] | np.ndarray,
     *,
     layers: Sequence[View],
@@ -251,7 +264,7 @@ def _combine_step_cpu(
     numel = [v.numel for v in layers]
     by_layer = isinstance(weights, np.ndarray)
     return _native.core.combine_step(
-        [v.ptr for row in rows for v in row],
+        [] if isinstance(rows, PacketRows) else [v.ptr for row in rows for v in row],
         len(rows),
         np.asarray(weights, dtype=np.float64).reshape(-1).tolist(),
         by_layer,
@@ -272,6 +285,7 @@ def _combine_step_cpu(
         divisor,
         _native.threads_for(sum(numel) * (len(rows) + 2 * len(old))),
         check,
+        rows.native if isinstance(rows, PacketRows) else [],
     )
 
 
@@ -283,4 +297,16 @@ _variants.add(
     "triton",
     _variants.lazy("flcore.pykernels.combine_step", "combine_step"),
     _variants.needs_triton,
+)
+_variants.add(
+    "combine_step_packets",
+    "cpu",
+    _variants.lazy(__name__, "_combine_step_cpu"),
+    _variants.cpu_only,
+)
+_variants.add(
+    "combine_step_packets",
+    "reference",
+    lambda: by_reference(_variants.lazy("flcore.reference.step", "combine_step")()),
+    _variants.cpu_only,
 )

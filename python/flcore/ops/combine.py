@@ -13,6 +13,7 @@ from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops._combine_scales import parse_scales, row_weights, scaled_result
+from flcore.ops._packet_rows import PacketRows, packet_rows
 
 __all__ = ["ACCUMULATE", "NONFINITE", "combine"]
 
@@ -25,6 +26,7 @@ def combine(
     weights: Sequence[float],
     *,
     scales: Any = None,
+    like: Any = None,
     out: Any = None,
     accumulate: str = "float32",
     nonfinite: str = "raise",
@@ -39,15 +41,20 @@ def combine(
 
     Parameters
     ----------
-    updates : sequence of updates, or array of shape (n, ...)
+    updates : sequence of updates, array of shape (n, ...), or list of packets
         One update a client: an array, or a list, tuple or dict of arrays (NumPy, or torch on CPU or
-        CUDA) of float64, float32, float16 or bfloat16, alike in structure, shapes and dtypes.
+        CUDA) of float64, float32, float16 or bfloat16, alike in structure, shapes and dtypes. Or
+        packets of `flcore.compression` of any codecs, which are decoded in cache; a sum is then
+        never -0.
     weights : (n,) numbers
         Finite, any sign.
     scales : (n,) or (n, layers) numbers, optional
         Factors that come with the updates, one a client or one a layer: the value of a row is
         ``scale * stored``. Layers may then be int8, too. ``weight * scale`` is rounded once to the
         type of the sums. A NaN or infinite scale counts as a non-finite update.
+    like : update, optional
+        With packets: what the result is like, floating layers on the CPU that hold as many values;
+        by default one float32 array (numel,).
     out : update, optional
         Where the result goes; same structure, shapes and dtypes as one update. It may be one of
         the updates. Nothing is written when the call raises. For int8 layers it is of any floating
@@ -94,6 +101,23 @@ def combine(
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
     AISTATS 2017.
     """
+    packets = packet_rows(updates, like)
+    if packets is not None:
+        from flcore.ops._combine_packets import combine_packets
+
+        if scales is not None:
+            raise InvalidInputError("scales: packets have their own; leave them out")
+        _check_options(accumulate, nonfinite, divisor)
+        layers = combine_packets(
+            packets,
+            _updates.parse_weights(weights, len(packets), signed=True),
+            out=None if out is None else packets.layout.layers(out, "out"),
+            accumulate=accumulate,
+            nonfinite=nonfinite,
+            divisor=divisor,
+            variant=variant,
+        )
+        return out if out is not None else packets.layout.build(layers)
     layout, rows = _updates.parse_updates(updates)
     if scales is None and out is None and variant is None and _needs_torch_op(rows):
         from flcore import _torch_ops  # comes back here without gradients, a layer at a time
@@ -191,9 +215,18 @@ ADVICE = (
 )
 
 
+def check_terms(count: int, accumulate: str) -> None:
+    """Raise when a reproducible sum has more terms than its accumulator takes."""
+    if accumulate == "reproducible" and count > _native.core.BIN_MAX_TERMS:
+        raise InvalidInputError(
+            f"updates: reproducible sums take at most {_native.core.BIN_MAX_TERMS} clients, "
+            f"got {count}; merge partial results of Accumulator in float64 instead"
+        )
+
+
 def settle(
     run: Callable[[set[int], list[int], Sequence[float]], int],
-    views: Sequence[Sequence[View]],
+    views: Sequence[Sequence[View]] | PacketRows,
     weights: Callable[[set[int]], Sequence[float]],
     *,
     scales: np.ndarray | None = None,
@@ -211,17 +244,13 @@ def settle(
     while True:
         w = weights(keep)
         active = [i for i in range(len(views)) if w[i] != 0]
-        if accumulate == "reproducible" and len(active) > _native.core.BIN_MAX_TERMS:
-            raise InvalidInputError(
-                f"updates: reproducible sums take at most {_native.core.BIN_MAX_TERMS} clients, "
-                f"got {len(active)}; merge partial results of Accumulator in float64 instead"
-            )
+        check_terms(len(active), accumulate)
         bad: list[int] = []
         if scales is not None and nonfinite != "propagate":
             bad = [i for i in active if not np.isfinite(scales[i]).all()]
         if not bad:
             flags = run(keep, active, w)
-            rows = [views[i] for i in active]
+            rows = [] if isinstance(views, PacketRows) else [views[i] for i in active]
             bad = explain(flags, rows, device, variant, nonfinite, accumulate)
             bad = [active[i] for i in bad]
         if not bad:

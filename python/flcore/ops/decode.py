@@ -69,8 +69,8 @@ class ParsedPacket:
         """Number of kept entries."""
         return self.view.k
 
-    def body(self) -> wire.SparseBody:
-        """Return indices, values, tile counts and tensor table as NumPy arrays; for inspection."""
+    def body(self) -> Any:
+        """Return the sections as NumPy arrays, one class a kind of codec; for inspection."""
         return wire.parse(self._buffer.tobytes(), _NO_LIMITS)[1]
 
 
@@ -96,7 +96,8 @@ def decode_add_into(
     Float32 accumulators use float32 arithmetic, ``acc + float32(w) * D``, each operation rounded,
     without fma; float64 ones the same in float64: the same bits for every variant, level and
     thread count. Packets of weight 0 are not read. Sums may overflow to infinity, as dense ones
-    would. Reads the packets and the touched lines of `out` once; no packet is made dense.
+    would. Reads the packets and the touched lines of `out` once; no packet is made dense. Codecs
+    may be mixed.
 
     Parameters
     ----------
@@ -201,11 +202,11 @@ def _reference(
     packets: Sequence[ParsedPacket], weights: Sequence[float], out: Sequence[View], add: bool
 ) -> None:
     layers = [_flat(v) for v in out]
-    bodies = [p.body() for p in packets]
+    parsed = [(p.header, p.body()) for p in packets]
     if add:
-        reference.add(bodies, weights, layers)
+        reference.add(parsed, weights, layers)
         return
-    dense, start = reference.dense(bodies[0], sum(v.numel for v in out)), 0
+    dense, start = reference.dense(*parsed[0]), 0
     for layer in layers:
         layer[:] = dense[start : start + layer.size]
         start += layer.size

@@ -11,6 +11,7 @@ import numpy as np
 from flcore import _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError
+from flcore.ops._packet_rows import PacketRows, by_reference, packet_rows
 from flcore.ops.combine import NONFINITE, bad_clients, one_device
 from flcore.reference.gram import KINDS
 
@@ -50,6 +51,7 @@ def gram(
     *,
     per_layer: bool = False,
     precision: str = "auto",
+    like: Any = None,
     nonfinite: str = "raise",
     variant: str | None = None,
 ) -> Gram:
@@ -61,8 +63,9 @@ def gram(
 
     Parameters
     ----------
-    updates : sequence of updates, or array of shape (n, ...)
-        One update a client, as for `flcore.ops.combine`.
+    updates : sequence of updates, array of shape (n, ...), or list of packets
+        One update a client, as for `flcore.ops.combine`. Packets are decoded in cache, a tile at a
+        time.
     kind : {"distances", "norms", "products"}
         What is wanted beside the norms.
     per_layer : bool
@@ -71,6 +74,8 @@ def gram(
         Type of differences and of the sums over 1024 coordinates (everything above is exact).
         float64 layers always use float64. "auto" is float32, and float64 in a second read when
         that range did not suffice (values above 1e19, differences below 1e-15).
+    like : update, optional
+        With packets: the layers, for ``per_layer``.
     nonfinite : {"raise", "exclude", "propagate"}
         A NaN or an infinity in an update: raise and name the client; list it in `nonfinite`, its
         norms and distances infinite and its products 0; or as the arithmetic gives it.
@@ -104,8 +109,10 @@ def gram(
         raise InvalidInputError(f"kind: expected one of {KINDS}, got {kind!r}")
     if nonfinite not in NONFINITE:
         raise InvalidInputError(f"nonfinite: expected one of {NONFINITE}, got {nonfinite!r}")
-    layout, rows = _updates.parse_updates(updates)
-    views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(rows)]
+    views: Any = packet_rows(updates, like)
+    if views is None:
+        layout, rows = _updates.parse_updates(updates)
+        views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(rows)]
     return gram_views(
         views,
         kind,
@@ -117,7 +124,7 @@ def gram(
 
 
 def gram_views(
-    views: Sequence[Sequence[View]],
+    views: Sequence[Sequence[View]] | PacketRows,
     kind: str,
     *,
     per_layer: bool = False,
@@ -125,16 +132,23 @@ def gram_views(
     nonfinite: str = "raise",
     variant: str | None = None,
 ) -> Gram:
-    """Gram of viewed rows `[n][layers]`; the core of `gram` and of the rules."""
+    """Gram of viewed rows `[n][layers]` or of packets; the core of `gram` and of the rules."""
     if precision not in PRECISIONS:
         raise InvalidInputError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
-    layers = views[0]
+    packets = isinstance(views, PacketRows)
+    layers = views.layers if isinstance(views, PacketRows) else views[0]
     device = one_device(layers)
-    function = _variants.choose("gram", device, variant)
+    function = _variants.choose("gram_packets" if packets else "gram", device, variant)
+
+    def search(rows: Sequence[int]) -> Sequence[bool]:
+        if isinstance(views, PacketRows):
+            return [False] * len(rows)
+        return _variants.choose("nonfinite", device, variant)([views[i] for i in rows])
+
     segments = [[j] for j in range(len(layers))] if per_layer else [list(range(len(layers)))]
     return settle(
         lambda wide: function(views, layers=layers, kind=kind, wide=wide, segments=segments),
-        lambda rows: _variants.choose("nonfinite", device, variant)([views[i] for i in rows]),
+        search,
         kind,
         sizes=[sum(layers[j].numel for j in members) for members in segments],
         per_layer=per_layer,
@@ -224,7 +238,7 @@ def _starts(layers: Sequence[View]) -> list[int]:
 
 
 def exact_sums(
-    rows: Sequence[Sequence[View]],
+    rows: Sequence[Sequence[View]] | PacketRows,
     *,
     layers: Sequence[View],
     kind: str,
@@ -240,7 +254,7 @@ def exact_sums(
     starts = _starts(layers)
     sums = np.zeros((len(segments), *core.gram_shape(len(rows), KINDS.index(kind), wide)), np.int64)
     core.gram(
-        [v.ptr for row in rows for v in row],
+        [] if isinstance(rows, PacketRows) else [v.ptr for row in rows for v in row],
         len(rows),
         starts,
         [v.code for v in layers],
@@ -249,6 +263,7 @@ def exact_sums(
         [*(starts[members[0]] if members else 0 for members in segments), starts[-1]],
         sums,
         _native.threads_for(starts[-1] * len(rows)),
+        rows.native if isinstance(rows, PacketRows) else [],
     )
     return sums
 
@@ -266,7 +281,7 @@ def finish(sums: np.ndarray, n: int, kind: str, wide: bool) -> np.ndarray:
 
 
 def _gram_cpu(
-    rows: Sequence[Sequence[View]],
+    rows: Sequence[Sequence[View]] | PacketRows,
     *,
     layers: Sequence[View],
     kind: str,
@@ -281,3 +296,10 @@ def _gram_cpu(
 _variants.add("gram", "cpu", _variants.lazy(__name__, "_gram_cpu"), _variants.cpu_only)
 _variants.add("gram", "reference", _variants.lazy("flcore.reference.gram", "gram"))
 _variants.add("gram", "cuda", _variants.lazy("flcore.ops._gram_cuda", "gram"), _variants.needs_cuda)
+_variants.add("gram_packets", "cpu", _variants.lazy(__name__, "_gram_cpu"), _variants.cpu_only)
+_variants.add(
+    "gram_packets",
+    "reference",
+    lambda: by_reference(_variants.lazy("flcore.reference.gram", "gram")()),
+    _variants.cpu_only,
+)

@@ -64,7 +64,12 @@ def encode_indices(
 
 
 def decode_indices(
-    section: Any, counts: np.ndarray, numel: int, coding: str = "rice", *, variant: str | None = None
+    section: Any,
+    counts: np.ndarray,
+    numel: int,
+    coding: str = "rice",
+    *,
+    variant: str | None = None,
 ) -> np.ndarray:
     """Return the coordinates that a section holds, int64 (k,), after a check of every bit.
 

@@ -11,6 +11,7 @@ import numpy as np
 from flcore import _native, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import DTypeError, InvalidInputError
+from flcore.ops._packet_rows import PacketRows, by_reference, packet_rows
 from flcore.ops.combine import ADVICE, NONFINITE, _targets, bad_clients, deliver, one_device
 from flcore.reference.select import OPS
 from flcore.reference.select import comparators as _network
@@ -30,6 +31,7 @@ def select(
     keep: int | None = None,
     median: str = "average",
     mix: Any = None,
+    like: Any = None,
     out: Any = None,
     nonfinite: str = "raise",
     variant: str | None = None,
@@ -41,8 +43,9 @@ def select(
 
     Parameters
     ----------
-    updates : sequence of updates, or array of shape (n, ...)
-        One update a client, as for `flcore.ops.combine`.
+    updates : sequence of updates, array of shape (n, ...), or list of packets
+        One update a client, as for `flcore.ops.combine`. Packets are decoded in cache, a tile at a
+        time: the bytes of the packets are read and ``4`` bytes a coordinate written.
     op : {"median", "trimmed_mean", "near_median", "near_trimmed"}
         The median; the mean without the `f` smallest and the `f` largest values; the mean of the
         `keep` values nearest to the median, or to the trimmed mean.
@@ -56,6 +59,9 @@ def select(
     mix : (m, n) array, optional
         Replaces the n values x by the m values ``mix @ x`` first; `f` and `keep` then refer to m.
         Nothing but the result is written. Zero coefficients are not read.
+    like : update, optional
+        With packets: what the result is like; by default a float32 array (numel,). It is computed
+        in float32 whatever the dtypes.
     out : update, optional
         Where the result goes; untouched when the call raises.
     nonfinite : {"raise", "exclude", "propagate"}
@@ -93,7 +99,12 @@ def select(
     >>> select(np.float32([[1], [2], [3], [10], [4], [-50]]), "trimmed_mean", f=1)
     array([2.5], dtype=float32)
     """
-    layout, rows = _updates.parse_updates(updates)
+    packets = packet_rows(updates, like)
+    rows: Any = packets
+    if packets is not None:
+        layout = packets.layout
+    else:
+        layout, rows = _updates.parse_updates(updates)
     targets = None if out is None else layout.layers(out, "out")
     layers, _ = select_layers(
         rows,
@@ -111,7 +122,7 @@ def select(
 
 
 def select_layers(
-    rows: Sequence[Sequence[Any]],
+    rows: Sequence[Sequence[Any]] | PacketRows,
     op: str,
     *,
     layout: _updates.Layout,
@@ -131,6 +142,10 @@ def select_layers(
     ):
         if value not in allowed:
             raise InvalidInputError(f"{name}: expected one of {allowed}, got {value!r}")
+    if isinstance(rows, PacketRows):
+        f, keep = _check_counts(len(rows) if mix is None else len(mix), op, f, keep)
+        options = {"op": op, "median": median, "f": f, "keep": keep, "mix": mix}
+        return _select_packets(rows, options, out, variant), []
     views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(rows)]
     device = one_device(views[0])
     targets, writes_through = _targets(views[0], rows[0], out, layout, nonfinite)
@@ -161,6 +176,16 @@ def select_layers(
         f, keep = max(0, f - len(bad)), min(keep, len(active))
     excluded = sorted(set(range(len(rows))) - set(active))
     return deliver(out, targets, writes_through), excluded
+
+
+def _select_packets(
+    rows: PacketRows, options: dict[str, Any], out: Sequence[Any] | None, variant: str | None
+) -> list[Any]:
+    function = _variants.choose("select_packets", "cpu", variant)
+    return rows.deliver(
+        out,
+        lambda targets: function(rows, layers=rows.layers, propagate=False, out=targets, **options),
+    )
 
 
 def _nonfinite_rows(
@@ -216,7 +241,7 @@ def comparators(n: int, op: str = "median") -> int:
 
 
 def _select_cpu(
-    rows: Sequence[Sequence[View]],
+    rows: Sequence[Sequence[View]] | PacketRows,
     *,
     layers: Sequence[View],
     op: str,
@@ -230,8 +255,9 @@ def _select_cpu(
     """csrc/cpu/select.isa.cpp."""
     numel = [v.numel for v in layers]
     entries = [] if mix is None else mix
+    packets = rows.native if isinstance(rows, PacketRows) else []
     return _native.core.select(
-        [v.ptr for row in rows for v in row],
+        [] if isinstance(rows, PacketRows) else [v.ptr for row in rows for v in row],
         len(rows),
         numel,
         [v.code for v in layers],
@@ -246,6 +272,7 @@ def _select_cpu(
         propagate,
         [v.ptr for v in out],
         _native.threads_for(sum(numel) * len(rows)),
+        packets,
     )
 
 
@@ -253,4 +280,11 @@ _variants.add("select", "cpu", _variants.lazy(__name__, "_select_cpu"), _variant
 _variants.add("select", "reference", _variants.lazy("flcore.reference.select", "select"))
 _variants.add(
     "select", "cuda", _variants.lazy("flcore.ops._select_cuda", "select"), _variants.needs_cuda
+)
+_variants.add("select_packets", "cpu", _variants.lazy(__name__, "_select_cpu"), _variants.cpu_only)
+_variants.add(
+    "select_packets",
+    "reference",
+    lambda: by_reference(_variants.lazy("flcore.reference.select", "select")()),
+    _variants.cpu_only,
 )

@@ -11,7 +11,8 @@ import numpy as np
 from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore._state import State
-from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
+from flcore.errors import DTypeError, InvalidInputError
+from flcore.ops._encode import check_header, flat_float32, nonfinite_error, source_dtype
 from flcore.reference import sparsify as reference
 from flcore.reference import wire, wire_writer
 
@@ -117,16 +118,7 @@ def sparsify(
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    for name, number, bits in (
-        ("round", round, 64),
-        ("seed", seed, 64),
-        ("epoch", epoch, 32),
-        ("flags", flags, 32),
-    ):
-        if not 0 <= number < 2**bits:
-            raise InvalidInputError(f"{name}: expected 0 <= {name} < 2**{bits}, got {number}")
-    if len(tensors) % 64:
-        raise InvalidInputError(f"tensors: expected a multiple of 64 bytes, got {len(tensors)}")
+    check_header(round=round, seed=seed, epoch=epoch, flags=flags, tensors=tensors)
     if not (0 <= floor <= _LARGEST and 0 <= slack <= _LARGEST):
         raise InvalidInputError(
             f"floor, slack: expected finite numbers >= 0, got {floor!r} and {slack!r}"
@@ -143,7 +135,7 @@ def sparsify(
     devices = {v.device for v in views}
     device = next((d for d in devices if d != "cpu"), "cpu")
     fields = {
-        "source_dtype": _source_dtype(views),
+        "source_dtype": source_dtype(views),
         "round": round,
         "seed": seed,
         "epoch": epoch,
@@ -164,7 +156,7 @@ def sparsify(
         fields=fields,
     )
     if packet is None:
-        raise NonFiniteError(_find_nonfinite(views, layout))
+        raise nonfinite_error(views, layout)
     before.e, before.v = inner.e, inner.v
     before.spare.update(inner.spare)
     return packet
@@ -212,35 +204,6 @@ def _check_tau(tau: np.ndarray | None, segments: int) -> None:
         raise InvalidInputError(
             f"tau: expected a contiguous, writable array of shape ({segments},), got {tau.shape}"
         )
-
-
-def _source_dtype(views: Sequence[View]) -> str:
-    """Return what the header says: the common dtype, else float64 if any layer is, else float32."""
-    kinds = {v.dtype for v in views}
-    if len(kinds) == 1:
-        return kinds.pop()
-    return "float64" if "float64" in kinds else "float32"
-
-
-def _find_nonfinite(views: Sequence[View], layout: _updates.Layout) -> str:
-    """Word where the first NaN or infinity is; the slow way, for the error message."""
-    for i, v in enumerate(views):
-        g = _float32(v)
-        if not np.isfinite(g).all():
-            at = int(np.flatnonzero(~np.isfinite(g))[0])
-            return (
-                f"{layout.label('update', i)}: expected finite float32 values, "
-                f"got {g[at]} at flat position {at}; nothing was encoded and no state changed"
-            )
-    return (
-        "update: finite, but with the state it overflows float32; nothing was encoded and no state "
-        "changed"
-    )
-
-
-def _float32(v: View) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return _arrays.to_float64(v.array).astype(np.float32)
 
 
 # ---- variants ----------------------------------------------------------------------------------
@@ -302,8 +265,7 @@ def _reference(
     fields: dict[str, Any],
     **options: Any,
 ) -> np.ndarray | None:
-    g = np.concatenate([_float32(v) for v in views]) if views else np.empty(0, np.float32)
-    packet = reference.sparsify(g, state=state, **options, **fields)
+    packet = reference.sparsify(flat_float32(views), state=state, **options, **fields)
     return None if packet is None else np.frombuffer(bytearray(packet), np.uint8)
 
 

@@ -198,7 +198,8 @@ def _reference(
 ) -> None:
     from flcore.reference.vote import vote as reference
 
-    rows = [(p.body().codes, p.header.tile) for p in packets]
+    bodies: list[Any] = [p.body() for p in packets]
+    rows = [(b.codes, p.header.tile) for b, p in zip(bodies, packets, strict=True)]
     out[:] = reference(rows, packets[0].header.numel, weights, form)
 
 

@@ -78,9 +78,7 @@ class Settings:
 
 def random_halves(numel: int, seed: int, round: int) -> np.ndarray:
     """Return the 16 random bits of each coordinate, uint16 (numel,)."""
-    words = rng.random_bits(
-        -(-numel // 2), seed, round=round & 0xFFFFFFFF, tensor=streams.ROUNDING
-    )
+    words = rng.random_bits(-(-numel // 2), seed, round=round & 0xFFFFFFFF, tensor=streams.ROUNDING)
     return words.astype("<u4").view("<u2")[:numel].astype(np.uint16)
 
 
@@ -99,7 +97,7 @@ def over_buckets(numel: int, bucket: int) -> Iterator[tuple[slice, tuple[int, in
 
 
 def pack(codes: np.ndarray, bits: int, bucket: int) -> bytes:
-    """Return codes (numel,) as little-endian fields of `bits` bits; each bucket starts at a byte."""
+    """Return codes (numel,) as fields of `bits` bits, low ones first; a bucket starts at a byte."""
     out = b""
     for part, shape in over_buckets(codes.size, bucket):
         rows = codes[part].astype(np.uint32).reshape(shape)
@@ -131,7 +129,7 @@ def scale_limit(reach: float) -> np.float32:
     return np.nextafter(x, np.float32(0)) if float(x) * reach > WIRE_LARGEST else x
 
 
-def scale_values(x: np.ndarray, limit: np.ndarray, values: str) -> np.ndarray:
+def scale_values(x: np.ndarray, limit: np.ndarray | np.floating, values: str) -> np.ndarray:
     """Return x >= 0 as it is read from the wire: bfloat16 rounded up, never above the limit."""
     x = np.minimum(x, limit).astype(np.float32)
     if values != "bfloat16":

@@ -115,7 +115,11 @@ def _affine_scales(low: np.ndarray, high: np.ndarray, steps: int, values: str) -
     rest = (buckets.WIRE_LARGEST - size) / steps
     top = buckets.scale_limit(steps)
     most = np.where(rest < top, rest, top).astype(np.float32)
-    while (over := (rest < top) & (most > 0) & (size + steps * most.astype(float) > buckets.WIRE_LARGEST)).any():
+    while True:
+        over = (rest < top) & (most > 0)
+        over &= size + steps * most.astype(np.float64) > buckets.WIRE_LARGEST
+        if not over.any():
+            break
         most[over] = np.nextafter(most[over], np.float32(0))
     with np.errstate(over="ignore"):
         unit = np.maximum((high - lo) / steps, 0).astype(np.float32)

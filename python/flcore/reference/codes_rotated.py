@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from flcore.reference.hadamard import flip, hadamard, lane_sum, norm
+from flcore.reference.buckets import Settings, over_buckets, pack, unpack
+from flcore.reference.hadamard import flip, hadamard, lane_sum, norm, padded, signs
+from flcore.reference.wire_bucket import BucketBody
+from flcore.reference.wire_frame import Header
 
-__all__ = ["CENTROIDS", "LARGEST", "bounds", "decode", "encode"]
+__all__ = ["CENTROIDS", "LARGEST", "bounds", "decode", "decode_update", "encode", "encode_update"]
 
 CENTROIDS: dict[int, np.ndarray] = {
     bits: np.array(half, np.float32)
@@ -124,3 +127,32 @@ def decode(
     y = hadamard(_values(codes, bits))
     d = flip((scales * norm(codes.shape[1]))[:, None] * y, minus)[:, :n]
     return np.where(scales[:, None] == 0, np.float32(0), d)
+
+
+# ---- whole updates -----------------------------------------------------------------------------
+
+
+def encode_update(u: np.ndarray, s: Settings, half: np.ndarray | None) -> tuple[bytes, bytes]:
+    """Return the sections scales and codes of u, float32 (d,); nothing is rounded at random."""
+    scales, codes = b"", b""
+    for part, (count, n) in over_buckets(u.size, s.bucket):
+        m = padded(n)
+        minus = signs(part.start, count * m, s.seed, s.round).reshape(count, m)
+        f, c = encode(u[part].reshape(count, n), minus, s.bits, s.measure == 0)
+        scales += f.astype("<f4").tobytes()
+        codes += pack(c.reshape(-1), s.bits, m)
+    return scales, codes
+
+
+def decode_update(h: Header, body: BucketBody) -> np.ndarray:
+    """Return what a rotated packet stands for, float32 (d,)."""
+    out, at = np.empty(h.numel, np.float32), 0
+    for part, (count, n) in over_buckets(h.numel, h.tile):
+        m, stride = padded(n), -(-padded(n) * h.bits // 8)
+        minus = signs(part.start, count * m, h.seed, h.round).reshape(count, m)
+        codes = unpack(body.codes[at : at + count * stride], count * m, h.bits, m)
+        at += count * stride
+        first = part.start // h.tile
+        f = body.scales[first : first + count, 0]
+        out[part] = decode(f, codes.reshape(count, m), minus, n, h.bits).reshape(-1)
+    return out

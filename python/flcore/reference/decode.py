@@ -1,35 +1,51 @@
-"""Adding packets into accumulators: the definition in NumPy."""
+"""Adding packets into accumulators, whatever their codec: the definition in NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from flcore.reference import wire
+from flcore.reference import quantize, wire_bucket
+from flcore.reference.wire_frame import Header
 
-__all__ = ["add", "dense"]
+__all__ = ["DECODERS", "add", "dense"]
+
+
+def _sparse(header: Header, body: Any) -> np.ndarray:
+    out = np.zeros(header.numel, np.float32)
+    out[body.indices] = body.values
+    return out
+
+
+DECODERS: dict[str, Callable[[Header, Any], np.ndarray]] = {
+    "sparse": _sparse,
+    **dict.fromkeys(wire_bucket.CODEC_NAMES, quantize.decode),
+}
+"""What turns header and body of a checked packet into float32 (d,), by codec."""
+
+
+def dense(header: Header, body: Any) -> np.ndarray:
+    """Return the decoded update as float32 (d,): 0 where a sparse packet holds nothing."""
+    return DECODERS[header.codec](header, body)
 
 
 def add(
-    bodies: Sequence[wire.SparseBody], weights: Sequence[float], out: Sequence[np.ndarray]
+    packets: Sequence[tuple[Header, Any]], weights: Sequence[float], out: Sequence[np.ndarray]
 ) -> None:
     """Add ``sum_p w_p D_p`` to the flat layers of `out` (float32 or float64), in list order.
 
-    Each product and each sum rounds once in the layer's dtype; no fma.
+    Each product and each sum rounds once in the layer's dtype; no fma. A coordinate that a sparse
+    packet does not hold is not touched.
     """
-    for body, weight in zip(bodies, weights, strict=True):
+    for (header, body), weight in zip(packets, weights, strict=True):
+        values = dense(header, body)
+        held = np.arange(header.numel) if header.codec != "sparse" else body.indices
         start = 0
         for layer in out:
-            here = (body.indices >= start) & (body.indices < start + layer.size)
-            at = body.indices[here] - start
+            at = held[(held >= start) & (held < start + layer.size)]
             kind = layer.dtype.type
-            layer[at] = layer[at] + kind(weight) * body.values[here].astype(kind)
+            product = kind(weight) * values[at].astype(kind)
+            layer[at - start] = layer[at - start] + product
             start += layer.size
-
-
-def dense(body: wire.SparseBody, numel: int) -> np.ndarray:
-    """Return the decoded update as float32 (numel,): the values where kept, 0 elsewhere."""
-    out = np.zeros(numel, np.float32)
-    out[body.indices] = body.values
-    return out

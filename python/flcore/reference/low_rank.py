@@ -232,7 +232,13 @@ def encode(
 
 
 def half(
-    g: np.ndarray, plan: Plan, factor: np.ndarray, is_back: bool, state: State, seed: int, round: int
+    g: np.ndarray,
+    plan: Plan,
+    factor: np.ndarray,
+    is_back: bool,
+    state: State,
+    seed: int,
+    round: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """One factor of the linear form and the values, float32; e keeps U until D is known.
 

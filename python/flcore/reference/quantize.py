@@ -7,16 +7,30 @@ from typing import Any
 import numpy as np
 
 from flcore._state import State
-from flcore.reference import buckets, codes_linear, feedback, wire, wire_bucket, wire_writer
+from flcore.reference import (
+    buckets,
+    codes_float,
+    codes_linear,
+    codes_rotated,
+    feedback,
+    wire,
+    wire_bucket,
+    wire_frame,
+    wire_writer,
+)
 from flcore.reference.buckets import Settings
 
 __all__ = ["decode", "encode", "quantize"]
 
 _MODULES: dict[str, Any] = {
+    "dense": codes_float,
+    "natural": codes_float,
+    "minifloat": codes_float,
     "sign": codes_linear,
     "uniform": codes_linear,
     "affine": codes_linear,
     "ternary": codes_linear,
+    "rotated": codes_rotated,
 }
 
 
@@ -45,10 +59,10 @@ def quantize(
     if not block.finite:
         return None
     scales, codes = encode(block.u, s)
-    bodies = [(wire.CODES, 1, codes)]
-    if per_bucket := wire_bucket.scales_per_bucket(s.codec):
-        count = per_bucket * -(-g.size // s.bucket)
-        bodies.insert(0, (wire.SCALES, len(scales) // count if count else 4, scales))
+    bodies = [(wire_frame.CODES, 1, codes)]
+    if wire_bucket.scales_per_bucket(s.codec):
+        element = wire_frame.VALUE_BYTES[wire_frame.VALUE_CODES[s.values]]
+        bodies.insert(0, (wire_frame.SCALES, element, scales))
     packet = wire_writer.frame(
         bodies,
         codec=s.codec,

@@ -14,7 +14,11 @@ import numpy as np
 from flcore._state import State
 from flcore.reference import feedback, wire, wire_writer
 
-__all__ = ["keys", "round_values", "select", "select_segments", "sparsify", "store"]
+__all__ = ["RUN", "keys", "round_values", "sample", "select", "select_segments", "sparsify", "store"]
+
+
+RUN = 32
+"""Neighbours that a sample takes together."""
 
 
 def keys(u: np.ndarray) -> np.ndarray:
@@ -56,6 +60,13 @@ def select_segments(
         tau[s] = last if last >= floor else 0
         kept.append(begin + chosen[keys(part)[chosen] >= floor])
     return np.concatenate(kept), tau
+
+
+def sample(numel: int, step: int, phase: int) -> np.ndarray:
+    """Return the coordinates of a sample: of `step` runs of `RUN` the one at `phase`."""
+    first = np.arange(RUN * phase, max(numel, RUN * phase), RUN * step)
+    at = (first[:, None] + np.arange(RUN)).ravel()
+    return at[at < numel]
 
 
 def round_values(u: np.ndarray, values: str) -> np.ndarray:

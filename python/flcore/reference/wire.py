@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flcore.reference import wire_bucket, wire_low_rank, wire_sketch, wire_sparse
+from flcore.reference import wire_bucket, wire_low_rank, wire_sketch, wire_sparse, wire_thc
 from flcore.reference.wire_bucket import BucketBody
 from flcore.reference.wire_frame import (
     CODECS,
@@ -69,6 +69,7 @@ RULES: dict[str, Rules] = {
     **dict.fromkeys(wire_bucket.CODEC_NAMES, wire_bucket.RULES),
     "low_rank": wire_low_rank.RULES,
     "sketch": wire_sketch.RULES,
+    "thc": wire_thc.RULES,
 }
 """What each codec asks of its packets, by the codec's name."""
 

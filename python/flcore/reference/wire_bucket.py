@@ -115,6 +115,7 @@ def _bits_known(h: Header) -> bool:
         "natural": [9 if h.form == 0 else 8],
         "minifloat": [MINIFLOAT_BITS.get(h.form)],
         "ternary": [2],
+        "rotated": range(1, 5),
     }
     return h.bits in known.get(h.codec, range(1, 9))  # type: ignore[operator]
 
@@ -130,8 +131,8 @@ def _check_header(h: Header) -> None:
     )
     if h.codec == "rotated":
         need(
-            h.tile & (h.tile - 1) == 0 and h.tile <= 4096,
-            f"expected blocks of a power of two up to 4096, got {h.tile}",
+            h.tile & (h.tile - 1) == 0 and 256 <= h.tile <= 4096,
+            f"expected blocks of a power of two from 256 to 4096, got {h.tile}",
         )
 
 

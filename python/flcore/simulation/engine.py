@@ -147,7 +147,7 @@ class Simulation:
         }
         self._examples = [torch.from_numpy(indices) for indices in self.partition]
         self._weights = [self.algorithm.client_weight(len(indices)) for indices in self.partition]
-        self.uplink = make_uplink(settings, self.trainer.initial)
+        self.uplink = make_uplink(settings, self.trainer.initial, self._unit)
         self.server = Server(
             self.algorithm, self.trainer.initial, settings, total_weight=sum(self._weights)
         )
@@ -203,7 +203,7 @@ class Simulation:
             losses.append(loss)
             observer.client_done(client)
         with clock("aggregate"):
-            self.server.step(self._received(messages, round))
+            self.server.step(self._received(messages, round), round)
         with clock("evaluate"):
             accuracy, loss = self._evaluate(round)
         return RoundRecord(
@@ -221,6 +221,10 @@ class Simulation:
         rng = generator(self.settings.seed, Purpose.PARTICIPANTS, round)
         clients = rng.choice(self.settings.clients, self.settings.participants, replace=False)
         return sorted(clients.tolist())
+
+    def _unit(self, round: int) -> float:
+        """Local learning rate of a round: updates are proportional to it."""
+        return self.algorithm.client_begin(round).lr
 
     def _train(self, client: int, round: int) -> tuple[dict[str, np.ndarray], float]:
         examples = self._examples[client]

@@ -22,17 +22,17 @@ class Server:
 
         direction = sum_{i in S} q_i D_i / sum_{i in S} q_i
 
-    With EControl (Gao et al., ICLR 2024) messages are changes of the clients' estimates h_i, and
-    the server keeps their mean over all N clients; an absent client changes nothing, so the sum
-    is divided by the weight of all clients, not of those present:
+    With EControl (Gao et al., ICLR 2024) and EF21 messages are changes of the clients' estimates
+    h_i, and the server keeps their mean over all N clients; an absent client changes nothing, so
+    the sum is divided by the weight of all clients, not of those present:
 
         H <- H + sum_{i in S} q_i D_i / sum_{i <= N} q_i ;   direction = H
 
     or, with ``control_step="saga"``, H before the update plus the weighted mean of the D_i.
 
-    Both live in the units of an update, the change of the parameters in a round, which shrinks as
-    the local learning rate decays: by 2 % between two visits to a client at a decay of 0.998 and
-    a participation of 10 %, much less than an update changes anyway.
+    Both live in the units of an update, the change of the parameters in a round. When the local
+    learning rate decays, H is scaled by the same factor as the h_i of the clients, which scale
+    theirs when they come back.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Server:
     ----------
     model : dict of float32 arrays
     control : dict of float32 arrays, or None
-        H; None unless the error control is EControl.
+        H; None unless the error control is EControl or EF21.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Server:
         if settings.controls_server:
             self.control = {name: np.zeros_like(value) for name, value in model.items()}
 
-    def step(self, updates: Iterable[tuple[Any, float]]) -> None:
-        """Take one round's updates, each with its weight, one after another.
+    def step(self, updates: Iterable[tuple[Any, float]], round: int) -> None:
+        """Take the updates of `round`, each with its weight, one after another.
 
         A packet is added without making a dense copy of it, and is not kept.
 
@@ -74,12 +74,15 @@ class Server:
         total = Accumulator(self.model, dtype=self._settings.accumulate)
         for update, weight in updates:
             total.add(update, weight)
-        self.model = self._algorithm.server_step(self.model, self._direction(total))
+        self.model = self._algorithm.server_step(self.model, self._direction(total, round))
 
-    def _direction(self, total: Accumulator) -> Parameters:
+    def _direction(self, total: Accumulator, round: int) -> Parameters:
         if self.control is None:
             return total.result()
         before = self.control
+        now, last = (self._algorithm.client_begin(t).lr for t in (round, max(round - 1, 0)))
+        if now != last:
+            before = combine([before], [now / last])
         self.control = combine([before, total.result(divisor=self._total_weight)], [1.0, 1.0])
         if self._settings.control_step == "paper":
             return self.control

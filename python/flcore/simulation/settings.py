@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flcore.compression import EControl, TopK
+from flcore.compression._codec import Codec
+from flcore.compression._feedback import Feedback
 from flcore.errors import InvalidInputError
 
 __all__ = ["Settings"]
 
 ACCUMULATE = ("float32", "float64", "reproducible")
 CONTROL_STEPS = ("paper", "saga")
+STARTS = ("zero", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,14 @@ class Settings:
     codec : codec of `flcore.compression`, or None
         How a client's update is compressed for the uplink; None sends float32 values.
     feedback : error control of `flcore.compression`, or None
-        What a client does about the part the codec left out.  With `EControl` the server keeps
-        the control vector H, to which absent clients contribute unchanged.
+        What a client does about the part the codec left out.  With `EControl` and `EF21` the
+        server keeps the control vector H, to which absent clients contribute unchanged.
+    start : {"zero", "dense"}
+        First estimate h of a client under `EControl` and `EF21`: 0, or its first update, which is
+        then sent in full.
     control_step : {"paper", "saga"}
-        Direction of the server under `EControl`, with D_i the decoded messages, N clients in all
-        and S of them present:
+        Direction of the server under `EControl` and `EF21`, with D_i the decoded messages, N
+        clients in all and S of them present:
 
         - ``"paper"``: H after the update, ``H <- H + 1/N sum D_i``.  A client's news enters at
           S/N, the mean also holds what absent clients said last.
@@ -65,6 +71,7 @@ class Settings:
     seed: int = 0
     codec: Any = field(default_factory=lambda: TopK(ratio=0.1))
     feedback: Any = field(default_factory=EControl)
+    start: str = "zero"
     control_step: str = "paper"
     accumulate: str = "float32"
     threads: int = 1
@@ -79,17 +86,27 @@ class Settings:
             raise InvalidInputError(
                 f"alpha: expected a positive number, or None for an IID split, got {self.alpha!r}"
             )
+        for name, kind, known in (
+            ("codec", Codec, "a codec of flcore.compression"),
+            ("feedback", Feedback, "an error control of flcore.compression"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise InvalidInputError(f"{name}: expected {known}, or None, got {value!r}")
         if self.feedback is not None and self.codec is None:
             raise InvalidInputError(
                 f"feedback: {type(self.feedback).__name__} corrects what a codec leaves out, and "
                 "no codec was given; choose a codec, or no error control"
             )
+        _one_of("start", self.start, STARTS)
         _one_of("control_step", self.control_step, CONTROL_STEPS)
         _one_of("accumulate", self.accumulate, ACCUMULATE)
-        if self.control_step != "paper" and not self.controls_server:
-            raise InvalidInputError(
-                f"control_step: {self.control_step!r} is for EControl; it needs feedback=EControl()"
-            )
+        for name, plain in (("start", "zero"), ("control_step", "paper")):
+            if getattr(self, name) != plain and not self.controls_server:
+                raise InvalidInputError(
+                    f"{name}: {getattr(self, name)!r} is for EControl and EF21; it needs "
+                    "feedback=EControl()"
+                )
 
     @property
     def participants(self) -> int:
@@ -101,7 +118,7 @@ class Settings:
     @property
     def controls_server(self) -> bool:
         """Whether messages are changes of a control vector that the server keeps."""
-        return isinstance(self.feedback, EControl)
+        return self.feedback is not None and "h" in self.feedback.kept
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values, for configuration files."""

@@ -5,12 +5,13 @@ Both ends of the link live in one object here, and nothing but `bytes` passes be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
 from flcore.algorithms.base import Parameters, named_views
-from flcore.compression import Encoder, Limits, Packet, PacketError
+from flcore.compression import Encoder, EpochError, Limits, Packet, PacketError
 from flcore.simulation.settings import Settings
 
 __all__ = ["DenseUplink", "PacketUplink", "Uplink", "dense_bytes", "make_uplink"]
@@ -35,11 +36,16 @@ class Uplink(Protocol):
         """Set what clients keep between rounds."""
 
 
-def make_uplink(settings: Settings, like: Parameters) -> Uplink:
-    """Give the uplink that the settings ask for, for models shaped `like` this one."""
+def make_uplink(
+    settings: Settings, like: Parameters, unit: Callable[[int], float] = lambda round: 1.0
+) -> Uplink:
+    """Give the uplink that the settings ask for, for models shaped `like` this one.
+
+    `unit` gives the local learning rate of a round: what updates are proportional to.
+    """
     if settings.codec is None:
         return DenseUplink(like)
-    return PacketUplink(settings, like)
+    return PacketUplink(settings, like, unit)
 
 
 def dense_bytes(model: Parameters) -> bytes:
@@ -86,60 +92,91 @@ class PacketUplink:
     An encoder with error control holds up to two vectors as long as the model, so the memory is
     8 bytes times parameters times clients seen.  The server counts the packets it took from each
     client; the epoch in a packet must say the same, or the client and the server no longer agree
-    about the state of the error control.
+    about the state of the error control.  That state is in the units of an update; a client that
+    comes back when the local learning rate has changed scales it by the ratio of the two.
 
     Parameters
     ----------
     settings : Settings
-        Its `codec`, `feedback` and `seed`.
+        Its `codec`, `feedback`, `start` and `seed`.
     like : dict of arrays
         Names and shapes of an update.
+    unit : function
+        Gives the local learning rate of a round.
     """
 
-    def __init__(self, settings: Settings, like: Parameters) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        like: Parameters,
+        unit: Callable[[int], float] = lambda round: 1.0,
+    ) -> None:
         self._settings = settings
+        self._unit = unit
         self._like = like
         self._numel = sum(value.size for value in like.values())
         self._limits = Limits(max_numel=self._numel)
         self._encoders: dict[int, Encoder] = {}
         self._taken: dict[int, int] = {}
+        self._units: dict[int, float] = {}
 
     def pack(self, client: int, update: Parameters, round: int) -> bytes:
         """Compress, and carry what was left out to the client's next round."""
         encoder = self._encoder(client)
+        unit = self._unit(round)
+        before = self._units.get(client, unit)
+        if before != unit:
+            encoder.rescale(unit / before)
+        self._units[client] = unit
         return bytes(encoder.encode(update, round=round, seed=self._settings.seed))
 
     def unpack(self, client: int, message: bytes, round: int) -> Packet:
         """Check the packet and give it, still compressed."""
         packet = Packet.from_bytes(message, limits=self._limits)
+        header, taken = packet.header, self._taken.get(client, 0)
+        increment = self._settings.controls_server and not self._dense(taken)
         for what, got, expected in (
-            ("values", packet.header.numel, self._numel),
-            ("round", packet.header.round, round),
-            ("epoch", packet.header.epoch, self._taken.get(client, 0)),
-            ("increment flag", packet.header.increment, self._settings.controls_server),
+            ("values", header.numel, self._numel),
+            ("round", header.round, round),
+            ("epoch", header.epoch, taken),
+            ("increment flag", header.increment, increment),
         ):
             if got != expected:
-                raise PacketError(
-                    f"packet of client {client}: {what}: expected {expected}, got {got}"
-                )
+                text = f"packet of client {client}: {what}: expected {expected}, got {got}"
+                if what == "epoch":
+                    raise EpochError(text, client, taken, header.epoch)
+                raise PacketError(text)
         self._taken[client] = packet.header.epoch + 1
         return packet
 
     def state_dict(self) -> State:
-        """Give the state of every encoder."""
-        return {client: encoder.state_dict() for client, encoder in self._encoders.items()}
+        """Give the state of every encoder, and the unit that it is in."""
+        return {
+            client: encoder.state_dict() | {"unit": self._units[client]}
+            for client, encoder in self._encoders.items()
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Set the encoders, dropping those that `state` has not."""
-        self._encoders, self._taken = {}, {}
+        self._encoders, self._taken, self._units = {}, {}, {}
         for client, values in state.items():
             encoder = self._encoder(client)
-            encoder.load_state_dict(values)
+            self._units[client] = values["unit"]
+            encoder.load_state_dict({k: v for k, v in values.items() if k != "unit"})
             self._taken[client] = encoder.epoch
 
     def _encoder(self, client: int) -> Encoder:
         if client not in self._encoders:
+            settings = self._settings
             self._encoders[client] = Encoder(
-                self._settings.codec, self._settings.feedback, like=self._like
+                settings.codec,
+                settings.feedback,
+                like=self._like,
+                client=client,
+                start=settings.start,
             )
         return self._encoders[client]
+
+    def _dense(self, epoch: int) -> bool:
+        """Whether the packet of that epoch is h in full and not an increment."""
+        return self._settings.start == "dense" and epoch == 0

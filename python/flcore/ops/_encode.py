@@ -1,0 +1,58 @@
+"""What ops that turn an update into a packet share: checks, errors, float32 values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flcore import _arrays, _updates
+from flcore._arrays import View
+from flcore.errors import InvalidInputError, NonFiniteError
+
+__all__ = ["check_header", "flat_float32", "nonfinite_error", "source_dtype"]
+
+
+def check_header(*, round: int, seed: int, epoch: int, flags: int, tensors: bytes) -> None:
+    """Raise `InvalidInputError` unless the numbers fit into their fields of the header."""
+    for name, number, bits in (
+        ("round", round, 64),
+        ("seed", seed, 64),
+        ("epoch", epoch, 32),
+        ("flags", flags, 32),
+    ):
+        if not 0 <= number < 2**bits:
+            raise InvalidInputError(f"{name}: expected 0 <= {name} < 2**{bits}, got {number}")
+    if len(tensors) % 64:
+        raise InvalidInputError(f"tensors: expected a multiple of 64 bytes, got {len(tensors)}")
+
+
+def source_dtype(views: Sequence[View]) -> str:
+    """Return what the header says: the common dtype, else float64 if any layer is, else float32."""
+    kinds = {v.dtype for v in views}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return "float64" if "float64" in kinds else "float32"
+
+
+def flat_float32(views: Sequence[View]) -> np.ndarray:
+    """Return the layers one after another as float32 (numel,); for references and messages."""
+    with np.errstate(over="ignore"):
+        parts = [_arrays.to_float64(v.array).astype(np.float32).reshape(-1) for v in views]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def nonfinite_error(views: Sequence[View], layout: _updates.Layout) -> NonFiniteError:
+    """Return the error that says where the first NaN or infinity is; the slow way."""
+    for i, v in enumerate(views):
+        g = flat_float32([v])
+        if not np.isfinite(g).all():
+            at = int(np.flatnonzero(~np.isfinite(g))[0])
+            return NonFiniteError(
+                f"{layout.label('update', i)}: expected finite float32 values, got {g[at]} at "
+                f"flat position {at}; nothing was encoded and no state changed"
+            )
+    return NonFiniteError(
+        "update: finite, but with the state it overflows float32; nothing was encoded and no "
+        "state changed"
+    )
