@@ -16,313 +16,44 @@ lanes and the same tree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
+from flcore.pykernels.codes import (
+    AFFINE,
+    MINIFLOAT,
+    ROUNDING,
+    SIGN,
+    affine_form,
+    affine_scales,
+    bits_of,
+    cast_float,
+    float_scale,
+    grid_unit,
+    halves,
+    store_codes,
+    store_memory,
+    store_scale,
+    to_grid,
+    wire_scale,
+)
 
-__all__ = ["OPTIONS", "quantize_kernel"]
+from flcore._arrays import View
+from flcore._state import State
+from flcore.errors import VariantUnavailableError
+from flcore.ops import quantize as op
+from flcore.reference import buckets, codes_float, wire, wire_bucket, wire_frame
+from flcore.reference.buckets import Settings
+
+__all__ = ["quantize"]
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-
-F64, F32, F16, BF16 = (tl.constexpr(code) for code in range(4))  # DType in csrc/api.h
-E8M0 = tl.constexpr(5)  # WireValue in csrc/api.h
-SIGN, UNIFORM, AFFINE = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # CodecId in csrc/api.h
-MINIFLOAT, TERNARY = tl.constexpr(6), tl.constexpr(7)
-L2 = tl.constexpr(1)  # Measure in csrc/api.h
-INT8 = tl.constexpr(6)  # form of MINIFLOAT that is not sign and magnitude
-ROUNDING, STATE = tl.constexpr(0x51), tl.constexpr(0x56)  # STREAM_ in csrc/api.h
-
-LANES = tl.constexpr(16)  # of a float64 sum
-MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)  # ROUND_MAGIC in codes.h
-TWO_23, TWO_23_BITS = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
-WIRE_LARGEST = tl.constexpr(3.402823e38)
-# what is summed over a bucket
-MAGNITUDES, SQUARES, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-# ---- bits of floats ------------------------------------------------------------------------------
-
-
-@triton.jit
-def bits_of(x):
-    """Bits of float32 as int32."""
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def float_of(x):
-    """Float32 of int32 bits."""
-    return x.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def halves(at, k0, k1, round, tensor, client):
-    """16 random bits of each coordinate, int32."""
-    zero = (at * 0).to(tl.uint32)  # broadcasts the scalar words, whose type is then certain
-    w0, w1, w2, w3 = tl.philox_impl(
-        (at >> 3).to(tl.uint32),
-        zero + tensor,
-        zero + round.to(tl.uint32, bitcast=True),
-        zero + client,
-        zero + k0.to(tl.uint32, bitcast=True),
-        zero + k1.to(tl.uint32, bitcast=True),
-    )
-    which = (at >> 1) & 3
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    return tl.where((at & 1) == 0, word & 0xFFFF, word >> 16).to(tl.int32)
-
-
-# ---- update and memory ---------------------------------------------------------------------------
-
-
-@triton.jit
-def load_values(x_ptr, at, inside, D: tl.constexpr):
-    """Values of dtype D as float32; bfloat16 comes as int16 bits."""
-    x = tl.load(x_ptr + at, mask=inside, other=0)
-    if D == BF16:
-        return float_of(x.to(tl.int32) << 16)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def affine_form(
-    g_ptr, e_ptr, h_ptr, v_ptr, at, inside, a, b, p, q,
-    D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Return s, t, u and h; M: dtype of e and v."""
-    s = load_values(g_ptr, at, inside, D)
-    if V:
-        s = p * load_values(v_ptr, at, inside, M) + q * s
-    t = s
-    u = s
-    h = s
-    if E:
-        e = load_values(e_ptr, at, inside, M)
-        t = b * e + s
-        u = a * e + s
-    if H:
-        h = load_values(h_ptr, at, inside, F32)
-        t = t - h
-        u = u - h
-    return s, t, u, h
-
-
-@triton.jit
-def store_memory(
-    out_ptr, at, inside, x, k0, k1, round, client: tl.constexpr, M: tl.constexpr
-):  # fmt: skip
-    """Store e (client 0) or v (1), to bfloat16 stochastically and never to infinity."""
-    if M == BF16:
-        old = bits_of(x)
-        up = old + halves(at, k0, k1, round, STATE, client)
-        up = tl.where((up & 0x7FFFFFFF) >= 0x7F800000, old, up)
-        tl.store(out_ptr + at, (up >> 16).to(tl.int16), mask=inside)
-    else:
-        tl.store(out_ptr + at, x, mask=inside)
-
-
-# ---- statistics of buckets: [ROWS, 1] -------------------------------------------------------------
-
-
-@triton.jit
-def lane_sum(
-    g_ptr, e_ptr, h_ptr, v_ptr, first, n, a, b, p, q,
-    D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-    TERM: tl.constexpr, ROWS: tl.constexpr, BUCKET: tl.constexpr,
-):  # fmt: skip
-    """Sum over each bucket in float64: lane c % 16 takes coordinate c, then a tree."""
-    lane = tl.arange(0, LANES)[None, :]
-    total = tl.zeros([ROWS, LANES], tl.float64)
-    for step in range(0, BUCKET, LANES):
-        inside = step + lane < n
-        at = first + step + lane
-        _, _, u, _ = affine_form(g_ptr, e_ptr, h_ptr, v_ptr, at, inside, a, b, p, q, D, E, H, V, M)
-        x = u.to(tl.float64)
-        if TERM == MAGNITUDES:
-            x = tl.abs(x)
-        elif TERM == SQUARES:
-            x = x * x
-        total = tl.where(inside, total + x, total)
-    total = tl.sum(tl.reshape(total, [ROWS, 2, 8]), axis=1)
-    total = tl.sum(tl.reshape(total, [ROWS, 2, 4]), axis=1)
-    total = tl.sum(tl.reshape(total, [ROWS, 2, 2]), axis=1)
-    return tl.sum(tl.reshape(total, [ROWS, 2, 1]), axis=1)
-
-
-@triton.jit
-def wire_scale(x, limit, S: tl.constexpr):
-    """Return x >= 0 as it is read from the wire: bfloat16 (S) is rounded up; never above limit."""
-    x = tl.minimum(x, limit)
-    if S == BF16:
-        up = (bits_of(x) + 0xFFFF) & -65536
-        x = float_of(tl.where(up > bits_of(limit), up - 0x10000, up))
-    return x
-
-
-@triton.jit
-def store_scale(scales_ptr, index, x, keep, S: tl.constexpr):
-    """Store float32 scales as float32 or as the upper half of their bits (S: BF16)."""
-    if S == BF16:
-        tl.store(scales_ptr + index, (bits_of(x) >> 16).to(tl.int16), mask=keep)
-    else:
-        tl.store(scales_ptr + index, x, mask=keep)
-
-
-# ---- codes ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def to_grid(
-    x, unit, random, LEAST: tl.constexpr, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr
-):  # fmt: skip
-    """Return x / unit as a whole number within LEAST .. LEVELS, half to even or floor(y + r)."""
-    divisor = tl.where(unit > 0, unit, float("inf"))  # a bucket of one value: everything is 0
-    y = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
-    y = tl.minimum(tl.maximum(y, LEAST), LEVELS)
-    if STOCHASTIC:
-        return tl.floor(y + (random.to(tl.float32) + 0.5) * 1.52587890625e-05)
-    else:
-        return (y + MAGIC) - MAGIC
-
-
-@triton.jit
-def float_scale(top, S: tl.constexpr, EMAX: tl.constexpr, FRACTION: tl.constexpr):
-    """Return scale, its inverse and what is stored, of buckets whose max|u| has the bits `top`."""
-    if S == E8M0:
-        byte = tl.maximum((top >> 23) - EMAX, 0)
-        scale = float_of(tl.where(byte > 0, byte << 23, 0x400000))
-        return scale, float_of(tl.where(byte < 254, (254 - byte) << 23, 0x400000)), byte
-    else:
-        power = ((top + (0x7FFFFF - FRACTION)) >> 23) - 127 - EMAX
-        power = tl.minimum(tl.maximum(power, -126), 127 - EMAX)
-        scale = float_of(tl.where(top > 0, (power + 127) << 23, 0))
-        inverse = tl.where(power < 127, (127 - power) << 23, 0x400000)
-        return scale, float_of(tl.where(top > 0, inverse, 0)), scale
-
-
-@triton.jit
-def cast_float(
-    u, scale, inverse, random,
-    BITS: tl.constexpr, FORM: tl.constexpr, MANTISSA: tl.constexpr, EMIN: tl.constexpr,
-    TOP: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
-    """Return codes and D; the formulas are told in ``csrc/cpu/codes_minifloat.h``."""
-    bits = bits_of(u)
-    y = float_of(bits & 0x7FFFFFFF) * inverse
-    least: tl.constexpr = (EMIN + 127) << 23
-    e = tl.maximum(bits_of(y), least) & 0x7F800000
-    if FORM == INT8:
-        e = e * 0 + least
-    z = y * float_of(((254 + MANTISSA) << 23) - e)
-    if STOCHASTIC:
-        k = (z + (random.to(tl.float32) + 0.5) * 1.52587890625e-05).to(tl.int32)
-    else:
-        k = bits_of(z + TWO_23) - TWO_23_BITS
-    magnitude = tl.minimum(k + ((e - least) >> (23 - MANTISSA)), TOP)
-    if FORM == INT8:
-        code = tl.where(bits < 0, -magnitude, magnitude)
-        return code & 0xFF, code.to(tl.float32) * 0.015625 * scale
-    else:
-        value = tl.minimum(k.to(tl.float32) * float_of(e - (MANTISSA << 23)), LARGEST)
-        d = float_of(bits_of(value * scale) | (bits & -2147483648))
-        return magnitude | tl.where(bits < 0, 1 << (BITS - 1), 0), d
-
-
-@triton.jit
-def store_codes(
-    codes_ptr, row, n, code, inside,
-    BITS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Pack the codes of each bucket from its first byte on; spare bits are zero.
-
-    row, n: [ROWS, 1] number and length of the buckets; STRIDE: bytes of a whole bucket.
-    """
-    used = (n * BITS + 7) // 8
-    code = tl.where(inside, code, 0)
-    if 8 % BITS == 0:  # whole codes a byte
-        EACH: tl.constexpr = 8 // BITS
-        BYTES: tl.constexpr = BLOCK // EACH
-        shift = (tl.arange(0, EACH) * BITS)[None, None, :]
-        bytes = tl.sum(tl.reshape(code, [ROWS, BYTES, EACH]) << shift, axis=2)
-        j = tl.arange(0, BYTES)[None, :]
-        tl.store(codes_ptr + row * STRIDE + j, bytes.to(tl.uint8), mask=j < used)
-    else:  # eight codes are BITS bytes
-        GROUPS: tl.constexpr = BLOCK // 8
-        shift = (tl.arange(0, 8) * BITS)[None, None, :]
-        words = tl.sum(tl.reshape(code, [ROWS, GROUPS, 8]).to(tl.int64) << shift, axis=2)
-        byte = tl.arange(0, 8)[None, None, :]
-        bytes = (words[:, :, None] >> (8 * byte)) & 0xFF
-        j = tl.arange(0, GROUPS)[None, :, None] * BITS + byte
-        base = (row * STRIDE)[:, :, None]
-        keep = (byte < BITS) & (j < used[:, :, None])
-        tl.store(codes_ptr + base + j, bytes.to(tl.uint8), mask=keep)
-
-
-# ---- scales --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def affine_scales(u, inside, steps: tl.constexpr, LIMIT: tl.constexpr, S: tl.constexpr):
-    """Return lo and unit of each bucket as they are read from the wire, [ROWS, 1] float32."""
-    least = tl.min(tl.where(inside, u, float("inf")), axis=1)[:, None] + 0.0
-    high = tl.max(tl.where(inside, u, float("-inf")), axis=1)[:, None]
-    one: tl.constexpr = 3.4028228579130005e38  # the largest float32 up to WIRE_LARGEST
-    limit = tl.zeros_like(least) + one
-    if S == BF16:
-        down = float_of(bits_of(least) & -65536)
-    else:
-        down = tl.minimum(least, limit)
-    low = tl.where(least < 0, -wire_scale(tl.maximum(-least, 0.0), limit, S), down)
-    # lo + unit * steps must not pass WIRE_LARGEST either
-    size = tl.abs(low.to(tl.float64))
-    rest = (WIRE_LARGEST - size) / steps
-    most = tl.zeros_like(least) + LIMIT
-    narrow = rest < most.to(tl.float64)
-    most = tl.where(narrow, rest.to(tl.float32), most)
-    for _ in tl.static_range(2):  # rounding went at most one step too far
-        over = narrow & (most > 0) & (size + most.to(tl.float64) * steps > WIRE_LARGEST)
-        most = tl.where(over, float_of(bits_of(most) - 1), most)
-    unit = ((high.to(tl.float64) - low.to(tl.float64)) / steps).to(tl.float32)
-    return low, wire_scale(tl.maximum(unit, 0.0), most, S)
-
-
-@triton.jit
-def grid_unit(
-    g_ptr, e_ptr, h_ptr, v_ptr, first, n, top, a, b, p, q,
-    D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-    CODEC: tl.constexpr, MEASURE: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
-    ROWS: tl.constexpr, BUCKET: tl.constexpr,
-):  # fmt: skip
-    """Return the scale of sign, uniform and ternary codes before it is made fit, [ROWS, 1]."""
-    count = tl.maximum(n, 1).to(tl.float64)
-    if MEASURE == L2 or CLIP > 0:
-        squares = lane_sum(
-            g_ptr, e_ptr, h_ptr, v_ptr, first, n, a, b, p, q, D, E, H, V, M, SQUARES, ROWS, BUCKET
-        )
-    if CODEC == SIGN:
-        if MEASURE == L2:
-            return tl.sqrt(squares / count).to(tl.float32)
-        else:
-            total = lane_sum(
-                g_ptr, e_ptr, h_ptr, v_ptr, first, n, a, b, p, q,
-                D, E, H, V, M, MAGNITUDES, ROWS, BUCKET,
-            )  # fmt: skip
-            return (total / count).to(tl.float32)
-    elif CODEC == UNIFORM:
-        if MEASURE == L2:
-            return (tl.sqrt(squares) / LEVELS).to(tl.float32)
-        else:
-            return tl.div_rn(float_of(top), tl.zeros([ROWS, 1], tl.float32) + LEVELS)
-    elif CLIP > 0:
-        total = lane_sum(
-            g_ptr, e_ptr, h_ptr, v_ptr, first, n, a, b, p, q, D, E, H, V, M, VALUES, ROWS, BUCKET
-        )
-        mean = total / count
-        variance = tl.maximum(squares / count - mean * mean, 0.0)
-        bound = (tl.sqrt(variance) * CLIP).to(tl.float32)
-        return tl.minimum(bound, float_of(top))
-    else:
-        return float_of(top)
+LONGEST = 8192  # coordinates of a bucket: one program holds it
+AT_ONCE = 1024  # coordinates of a program with shorter buckets
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
@@ -401,3 +132,139 @@ def quantize_kernel(
             if MASK:
                 s = tl.where(d != 0, 0.0, s)
             store_memory(v_new_ptr, at, inside, s, k0, k1, round, 1, M)
+
+
+# ---- launcher ------------------------------------------------------------------------------------
+
+# positive levels, or steps, and what is added to make a code
+GRIDS = {
+    "sign": lambda s: (0, 0, 0, 1.0),
+    "uniform": lambda s: (-s.levels, s.levels, (1 << (s.bits - 1)) - 1, float(1 << (s.bits - 1))),
+    "ternary": lambda s: (-1, 1, 1, 2.0),
+    "affine": lambda s: (0, (1 << s.bits) - 1, 0, float((1 << s.bits) - 1)),
+    "minifloat": lambda s: (0, 0, 0, 1.0),
+}
+
+
+def _refuse(s: Settings) -> None:
+    """Raise unless the kernel has this codec."""
+    why = ""
+    if s.codec not in GRIDS:
+        why = f"it has no {s.codec} codes"
+    elif s.bucket > LONGEST:
+        why = f"its buckets have at most {LONGEST} coordinates, not {s.bucket}"
+    elif (s.codec == "ternary" and s.form == 1) or (s.codec == "affine" and s.measure):
+        why = "it has neither trits nor two means"
+    elif s.codec == "minifloat" and codes_float.NAMES[s.form] == "nf4":
+        why = "it has no codebooks"
+    if why:
+        raise VariantUnavailableError(f"quantize: variant triton cannot do this: {why}")
+
+
+def _constants(s: Settings) -> dict[str, Any]:
+    least, levels, shift, reach = GRIDS[s.codec](s)
+    name = codes_float.NAMES[s.form] if s.codec == "minifloat" else "e4m3"
+    f = codes_float.FORMATS[name]
+    block = max(16, triton.next_power_of_2(s.bucket))
+    return {
+        "CODEC": wire.CODECS[s.codec],
+        "BITS": s.bits,
+        "FORM": s.form,
+        "S": wire_frame.VALUE_CODES[s.values],
+        "STOCHASTIC": s.stochastic,
+        "MEASURE": s.measure,
+        "CLIP": s.clip,
+        "LIMIT": float(buckets.scale_limit(reach)),
+        "LEAST": float(least),
+        "LEVELS": float(levels),
+        "SHIFT": shift,
+        "MANTISSA": f.mantissa,
+        "EMIN": f.emin,
+        "EMAX": f.emax,
+        "TOP": f.top,
+        "LARGEST": codes_float.largest(name),
+        "FRACTION": (f.top & ((1 << f.mantissa) - 1)) << (23 - f.mantissa),
+        "BUCKET": s.bucket,
+        "STRIDE": wire_bucket.bucket_bytes(s.codec, s.form, s.bits, s.bucket),
+        "ROWS": max(1, AT_ONCE // block),
+        "BLOCK": block,
+    }
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    """View an array flat, bfloat16 of any kind as int16."""
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(x.view(np.int16) if x.dtype.itemsize == 2 and x.dtype != np.float16 else x)
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).reshape(-1)
+
+
+def _update(views: Sequence[View]) -> tuple[torch.Tensor, int]:
+    """Return the update as one tensor, and the code of its dtype."""
+    if len(views) == 1:
+        return _tensor(views[0].array), views[0].code
+    parts = []
+    for v in views:
+        x = _tensor(v.array)
+        parts.append(x.view(torch.bfloat16) if v.dtype == "bfloat16" else x)
+    return torch.cat([x.to(torch.float32) for x in parts] or [torch.empty(0)]), 1
+
+
+def quantize(
+    views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
+) -> np.ndarray | None:
+    """Variant `triton`: the packet in CPU memory; waits for the device."""
+    _refuse(s)
+    state = state or State()
+    numel = sum(v.numel for v in views)
+    count = -(-numel // s.bucket)
+    frame = op.packet_frame(s, numel, fields)
+    g, code = _update(views)
+    kept = {name: _tensor(x) for name, x in state.buffers().items()}
+    new = {name: _tensor(state.new(name)) for name in kept}
+    kinds = {"float32": torch.float32, "bfloat16": torch.int16, "e8m0": torch.uint8}
+    scales = torch.empty(
+        count * wire_bucket.scales_per_bucket(s.codec), dtype=kinds[s.values], device=g.device
+    )
+    codes = torch.empty(
+        wire_bucket.code_bytes(s.codec, s.form, s.bits, s.bucket, numel),
+        dtype=torch.uint8,
+        device=g.device,
+    )
+    flags = torch.zeros(1, dtype=torch.int32, device=g.device)
+    constants = _constants(s)
+    words = (s.seed & 0xFFFFFFFF, s.seed >> 32, s.round & 0xFFFFFFFF)
+    factors = [float(np.float32(x)) for x in (state.a, state.b, state.p, state.q)]
+    passes = [True, False] if kept and state.in_place else [False]
+    for check in passes if count else ():
+        with torch.cuda.device_of(g):
+            quantize_kernel[(-(-count // constants["ROWS"]),)](
+                g,
+                *(kept.get(name, g) for name in "ehv"),
+                *(new.get(name, g) for name in "ehv"),
+                scales,
+                codes,
+                flags,
+                numel,
+                count,
+                *factors,
+                *(word - ((word >> 31) << 32) for word in words),  # the int32 with the same bits
+                D=code,
+                E="e" in kept,
+                H="h" in kept,
+                V="v" in kept,
+                M=3 if state.dtype == "bfloat16" else 1,
+                MASK=state.mask,
+                CHECK=check,
+                **constants,
+                **OPTIONS,
+            )
+        if flags.item():
+            return None
+    out = np.empty(frame.nbytes, np.uint8)
+    for section, x in ((wire_frame.SCALES, scales), (wire_frame.CODES, codes)):
+        if x.numel():
+            data = x.view(torch.uint8).cpu().numpy()
+            out[frame.offset(section) :][: data.size] = data
+    frame.seal(op.address(out))
+    state.commit()
+    return out

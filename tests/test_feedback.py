@@ -7,9 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flcore._state import State
 from flcore.aggregation import Accumulator
-from flcore.compression import EF14, EControl, Encoder, Packet, TopK, decode
+from flcore.compression import (
+    CODECS,
+    DGC,
+    EF14,
+    EF21,
+    Downlink,
+    EControl,
+    Encoder,
+    Packet,
+    Replica,
+    Sign,
+    TopK,
+    decode,
+)
 from flcore.errors import NonFiniteError
+from flcore.reference import feedback as reference
 from support import np_dtype
 
 G = np.array([4, -3, 2, 1], np.float32)
@@ -192,3 +207,152 @@ def test_ef14_decay_forgets():
     encoder.encode(G)
     encoder.encode(G)
     assert encoder.e.tolist() == [4, 0, 3, 1.5]
+
+
+def test_ef14_virtual_iterate(rng):
+    """x - gamma mean(e) moves by -gamma mean(g), exactly where no sum rounds."""
+    n, d, gamma = 4, 60, 0.5
+    clients = [Encoder(TopK(k=5), EF14(), like=np.zeros(d, np.float32)) for _ in range(n)]
+    x = np.zeros(d)
+    for t in range(6):
+        before = x - gamma * np.mean([c.e for c in clients], axis=0)
+        g = np.stack([integers(rng, d) for _ in range(n)])
+        packets = [c.encode(gi, round=t) for c, gi in zip(clients, g, strict=True)]
+        x = x - gamma * np.mean([decode(p) for p in packets], axis=0)
+        after = x - gamma * np.mean([c.e for c in clients], axis=0)
+        assert np.array_equal(after, before - gamma * g.mean(axis=0))
+
+
+def test_ef14_memory_is_bounded(rng):
+    """||e||^2 <= 4 (1 - delta) G^2 / delta^2 for updates of norm G, with delta = k/d."""
+    d, k = 100, 10
+    encoder = Encoder(TopK(k=k), EF14(), like=np.zeros(d))
+    delta, largest = k / d, 0.0
+    for t in range(300):
+        g = rng.standard_normal(d)
+        encoder.encode(g / np.linalg.norm(g), round=t)
+        largest = max(largest, float(np.sum(encoder.e.astype(float) ** 2)))
+    assert 1 < largest <= 4 * (1 - delta) / delta**2
+
+
+# ---- why error feedback: signs alone fail ------------------------------------------------------
+
+
+def walk(feedback, gradient, x, lr, steps, low=-np.inf, high=np.inf):
+    """Steps along the decoded signs of the gradient, of length lr without feedback."""
+    encoder = Encoder(Sign(), feedback, like=x)
+    for t in range(steps):
+        sent = decode(encoder.encode(gradient(x).astype(np.float32), round=t))
+        x = np.clip(x - lr * (sent if feedback else np.sign(sent)), low, high)
+    return x
+
+
+def test_signs_never_leave_a_line_that_feedback_leaves():
+    """f = |x1 + x2| / 2 + |x1 - x2|: signs are always +-(1, -1), so x1 + x2 never changes."""
+
+    def f(x):
+        return abs(x.sum()) / 2 + abs(x[0] - x[1])
+
+    def gradient(x):
+        return np.sign(x.sum()) / 2 + np.sign(x[0] - x[1]) * np.array([1, -1])
+
+    start = np.array([1, 0.9])
+    stuck = walk(None, gradient, start, 0.01, 2000)
+    assert stuck.sum() == pytest.approx(1.9) and f(stuck) > 0.9
+    assert f(walk(EF14(), gradient, start, 0.01, 2000)) < 0.05
+
+
+def test_signs_of_skewed_noise_lead_the_wrong_way():
+    """x / 4 on [-1, 1] with gradients 4 (one time in four) and -1: the mean is 1/4, most are -1."""
+    ends = {}
+    for feedback in (None, EF14()):
+        rng = np.random.default_rng(0)
+
+        def gradient(x, rng=rng):
+            return np.array([4.0 if rng.random() < 0.25 else -1.0])
+
+        ends[feedback] = walk(feedback, gradient, np.zeros(1), 0.01, 5000, -1, 1)[0]
+    assert ends[None] > 0.9 and ends[EF14()] < -0.9
+
+
+# ---- every codec -------------------------------------------------------------------------------
+
+FORMS = [EF14(0.75), EF21(), EF21(momentum=0.25), EControl(), DGC()]
+SPECIAL = {"topk": {"ratio": 0.1}, "randk": {"ratio": 0.1}, "threshold": {"threshold": 0.5}}
+
+
+def like(rng):
+    """A matrix and a vector, of values with zeros of both signs, subnormal and large ones."""
+    update = {"w": rng.standard_normal((40, 30)), "b": 1e-3 * rng.standard_normal(71)}
+    update["w"][3, :4] = 0.0, -0.0, 1e-41, 1e6
+    return {name: x.astype(np.float32) for name, x in update.items()}
+
+
+def flat(update):
+    return np.concatenate([x.reshape(-1) for x in update.values()])
+
+
+def make(name):
+    return CODECS[name](**SPECIAL.get(name, {}))
+
+
+@pytest.mark.parametrize("feedback", FORMS, ids=repr)
+@pytest.mark.parametrize("name", list(CODECS))
+def test_state_follows_what_a_receiver_decodes(name, feedback, rng):
+    """e = t - D, h = h + D and v = s bit for bit, with D decoded from the bytes that are sent.
+
+    A replica of h that adds the packets has the same bits.
+    """
+    encoder = Encoder(make(name), feedback, like=like(rng), client=1)
+    replica = Replica(np.zeros(encoder.numel, np.float32))
+    for t in range(4):
+        g = like(rng)
+        before = {n: getattr(encoder, n).copy() for n in feedback.kept}
+        packet = encoder.encode(g, round=t, seed=5)
+        factors = feedback.factors(encoder.codec, encoder.numel, t)._asdict()
+        block = reference.form(flat(g), State(**before, **factors))
+        sent = decode(bytes(packet))
+        if "e" in before:
+            assert np.array_equal(encoder.e, block.t - sent)
+        if "h" in before:
+            assert np.array_equal(encoder.h, before["h"] + sent)
+            assert np.array_equal(replica.apply(bytes(packet)), encoder.h)
+        if "v" in before:
+            masked = np.where(sent != 0, np.float32(0), block.s) if factors["mask"] else block.s
+            assert np.array_equal(encoder.v, masked)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", list(CODECS))
+def test_update_that_is_not_finite_changes_nothing(name, in_place, rng):
+    for feedback in (EF14(), EControl(), DGC()):
+        encoder = Encoder(make(name), feedback, like=like(rng), in_place=in_place)
+        encoder.encode(like(rng), seed=2)
+        before = encoder.state_dict()
+        for value, at in (
+            (np.nan, ("w", (0, 0))),
+            (np.inf, ("b", (70,))),
+            (-np.inf, ("w", (39, 3))),
+        ):
+            bad = like(rng)
+            bad[at[0]][at[1]] = value
+            with pytest.raises(NonFiniteError):
+                encoder.encode(bad, round=1, seed=2)
+            after = encoder.state_dict()
+            assert before.keys() == after.keys()
+            assert all(np.array_equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_state_of_every_codec_can_be_saved(name, rng):
+    one = Encoder(make(name), EControl(), like=like(rng), client=3, state_dtype="bfloat16")
+    for t in range(3):
+        one.encode(like(rng), round=t, seed=9)
+    two = Encoder(make(name), EControl(), like=like(rng), client=3, state_dtype="bfloat16")
+    two.load_state_dict(one.state_dict())
+    for t in range(3, 6):
+        g = like(rng)
+        assert one.encode(g, round=t, seed=9) == two.encode(g, round=t, seed=9)
+    one = Downlink(make(name), EF14(), like=like(rng))
+    reply = one.send(like(rng), round=1, seed=2)
+    assert flat(one.value).tobytes() == decode(reply).tobytes()

@@ -26,6 +26,8 @@ REDRAW_S = 0.2
 
 # Not a family of cases: one table of all rules against the number of clients.
 SCALING = "scaling"
+# Not timed at all: accuracy and bytes of training runs.
+TRAINING = "training"
 
 
 def bench(
@@ -33,7 +35,8 @@ def bench(
         str | None,
         typer.Argument(
             help="A family or one case; everything if left out. "
-            "'scaling': the rules against the number of clients."
+            "'scaling': the rules against the number of clients; "
+            "'training': accuracy and bytes of codecs and error controls (ten minutes)."
         ),
     ] = None,
     json: Annotated[
@@ -43,7 +46,8 @@ def bench(
         Path | None, typer.Option("--markdown", help="Write tables in Markdown to this file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="scaling: draw into this file (svg, png).")
+        Path | None,
+        typer.Option("--plot", help="scaling, training: draw into this file (svg, png)."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
@@ -88,8 +92,12 @@ def bench(
             raise typer.BadParameter("scaling runs on the cpu", param_hint="--device")
         setup = Setup(threads=thread_count(threads), tiny=tiny)
         return _scaling(console, setup, plan, json, markdown, plot)
+    if family == TRAINING:
+        return _training(tiny, json, markdown, plot)
     if plot is not None:
-        raise typer.BadParameter(f"only {SCALING!r} has a plot", param_hint="--plot")
+        raise typer.BadParameter(
+            f"only {SCALING!r} and {TRAINING!r} have a plot", param_hint="--plot"
+        )
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     try:
@@ -141,6 +149,22 @@ def _scaling(
         markdown.write_text(report.scaling_markdown(scaling))
     if plot is not None:
         report.draw(scaling, plot)
+
+
+def _training(tiny: bool, json: Path | None, markdown: Path | None, plot: Path | None) -> None:
+    from flcore.bench import training
+
+    seeds, rounds = (1, 2) if tiny else (4, training.ROUNDS)
+    with _progress_bar(None) as tell:
+        rows = training.run_training(seeds, rounds, tell)
+    text = training.training_markdown(rows)
+    Console().print(text, markup=False, soft_wrap=True)
+    if json is not None:
+        training.write_training_json(rows, json)
+    if markdown is not None:
+        markdown.write_text(text)
+    if plot is not None:
+        training.draw(rows, plot)
 
 
 def _require_gpu() -> None:

@@ -3,13 +3,16 @@
 from flcore.compression._control import ControlledSum
 from flcore.compression._encoder import Encoder
 from flcore.compression._feedback import DGC, EF14, EF21, EControl
+from flcore.compression._floats import FP8, MX, NF4, Dense, Natural
 from flcore.compression._linear import AbsMax, Affine, Sign, Ternary, Uniform
 from flcore.compression._low_rank import LowRank
+from flcore.compression._one_bit_adam import OneBitAdam, OneBitServer
 from flcore.compression._packet import Packet, decode, decode_add, peek
 from flcore.compression._powersgd import PowerSGD, PowerSGDClient
 from flcore.compression._rotated import Rotated
 from flcore.compression._settings import from_text
 from flcore.compression._sketch import FetchSGD, Sketch, SketchStep, sum_sketches
+from flcore.compression._threshold import Threshold
 from flcore.compression._topk import TopK
 from flcore.compression._two_way import Downlink, Replica
 from flcore.errors import EpochError, PacketError
@@ -17,7 +20,23 @@ from flcore.reference.wire import Header, Limits, TensorEntry
 
 CODECS = {
     codec.name: codec
-    for codec in (TopK, Rotated, Sign, Ternary, AbsMax, Uniform, Affine, LowRank, Sketch)
+    for codec in (
+        TopK,
+        Threshold,
+        Rotated,
+        Sign,
+        Ternary,
+        AbsMax,
+        Uniform,
+        Affine,
+        LowRank,
+        Sketch,
+        Dense,
+        Natural,
+        FP8,
+        MX,
+        NF4,
+    )
 }
 """Codec classes by the name that `to_dict` gives."""
 
@@ -30,9 +49,13 @@ __all__ = [
     "EF14",
     "EF21",
     "FEEDBACKS",
+    "FP8",
+    "MX",
+    "NF4",
     "AbsMax",
     "Affine",
     "ControlledSum",
+    "Dense",
     "Downlink",
     "EControl",
     "Encoder",
@@ -41,6 +64,9 @@ __all__ = [
     "Header",
     "Limits",
     "LowRank",
+    "Natural",
+    "OneBitAdam",
+    "OneBitServer",
     "Packet",
     "PacketError",
     "PowerSGD",
@@ -52,6 +78,7 @@ __all__ = [
     "SketchStep",
     "TensorEntry",
     "Ternary",
+    "Threshold",
     "TopK",
     "Uniform",
     "decode",

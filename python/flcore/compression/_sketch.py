@@ -14,7 +14,7 @@ from flcore.compression._codec import Codec, Job
 from flcore.compression._packet import Packet, _as_packet
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops import sketch as ops
-from flcore.ops._fields import source_dtype
+from flcore.ops._encode import source_dtype
 from flcore.ops._sparse_packet import sparse_packet
 from flcore.ops.combine import combine
 from flcore.reference import wire_frame as frame

@@ -100,8 +100,68 @@ class Threshold(Codec):
                     f"{name}: expected one of {', '.join(known)}, got {value!r}"
                 )
 
-    def capacity(self, numel: int) -> int:
-        """Return the largest number of entries that a packet of `numel` coordinates holds."""
+    def count(self, numel: int) -> int:
+        """Return the number of entries of `numel` that `ratio` asks for."""
+        return min(numel, max(1, math.ceil(_decimal(self.ratio or 0) * numel)))
+
+    def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return the largest number of entries that a packet of layers of these shapes holds."""
+        numel = sum(math.prod(shape) for shape in shapes)
+        most = Fraction(1)
         if self.max_ratio is not None:
-            return _ceil(self.max_ratio, numel)
-        return numel if self.ratio is None else max(self._target(numel), _floor(1.3, self.ratio, numel))
+            most = _decimal(self.max_ratio)
+        elif self.ratio is not None:
+            most = _decimal(self.ratio) * 13 / 10
+        return min(numel, max(1, math.ceil(most * numel)))
+
+    def index_coding(self, numel: int) -> str:
+        """Return "tile16" or "bitmask", whichever `index` means for an update of `numel`."""
+        if self.index != "auto":
+            return self.index
+        return "bitmask" if self.ratio is not None and 16 * self.ratio > 1 else "tile16"
+
+    def eta(self, numel: int) -> float:
+        """Return the share of the entries that is expected.
+
+        Raises
+        ------
+        InvalidInputError
+            The threshold is fixed, so that the share is not known.
+        """
+        if self.ratio is None:
+            raise InvalidInputError(
+                'eta: "auto" needs the share that is sent, and tau leaves it open; give a number'
+            )
+        return self.ratio
+
+    def encode(self, job: Job) -> np.ndarray:
+        """Return the packet and move the state on."""
+        tau, floor, rank = None, self.tau or 0.0, 0
+        if self.ratio is not None and job.numel > 0:
+            tau, rank = carried_tau(job, 1), self.count(job.numel)
+            floor = float(tau.view(np.float32)[0])
+            if self.estimate == "sampled" or floor == 0:
+                floor = sample_threshold(
+                    job.update, ratio=self.ratio, state=job.state, phase=job.round
+                )
+            if not math.isfinite(floor):
+                floor = 0.0  # the selection meets the value that is not finite and says where
+        packet = sparsify(
+            job.update,
+            k=self.entries(job.shapes),
+            floor=floor,
+            rank=rank,
+            tau=tau,
+            state=job.state,
+            values=self.values,
+            index=self.index_coding(job.numel),
+            **job.header,
+        )
+        if tau is not None:
+            job.memory["tau"] = tau
+        return packet
+
+
+def _decimal(ratio: float) -> Fraction:
+    """Return a ratio as the decimal that was written: 0.07 of 100 is 7."""
+    return Fraction(repr(float(ratio)))

@@ -18,6 +18,7 @@ from flcore.reference.wire_frame import TILE
 
 __all__ = ["TopK", "carried_tau"]
 
+
 def carried_tau(job: Job, segments: int) -> np.ndarray:
     """Return a copy of the thresholds that the last packet left, (segments,) uint32, else zeros."""
     tau = np.zeros(segments, np.uint32)
@@ -106,10 +107,11 @@ class TopK(Codec):
             raise InvalidInputError(
                 f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}"
             )
-        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or not (
-            1 <= self.tile <= TILE
-        ):
-            raise InvalidInputError(f"tile: expected an integer from 1 to {TILE}, got {self.tile!r}")
+        whole = isinstance(self.tile, int) and not isinstance(self.tile, bool)
+        if not (whole and 1 <= self.tile <= TILE):
+            raise InvalidInputError(
+                f"tile: expected an integer from 1 to {TILE}, got {self.tile!r}"
+            )
 
     def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Return the number of entries that a packet of layers of these shapes holds."""

@@ -13,13 +13,13 @@ import numpy as np
 from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore._state import State
-from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops._fields import check_fields, find_nonfinite, flat32, source_dtype
+from flcore.errors import DTypeError, InvalidInputError
+from flcore.ops._encode import check_header, flat_float32, nonfinite_error, source_dtype
 from flcore.ops._low_rank_packet import frame_of
 from flcore.ops._low_rank_plan import choose_ranks, revive
 from flcore.reference import low_rank as reference
-from flcore.reference import wire_writer
 from flcore.reference import wire_frame as frame
+from flcore.reference import wire_writer
 from flcore.reference.low_rank import MAX_RANK, Plan
 
 __all__ = [
@@ -105,7 +105,7 @@ def low_rank(
     Optimization", NeurIPS 2019, arXiv 1905.13727.
     """
     layout, views, state = _checked(update, plan, state)
-    check_fields(round=round, seed=seed, epoch=epoch, flags=flags, tensors=tensors)
+    check_header(round=round, seed=seed, epoch=epoch, flags=flags, tensors=tensors)
     if values not in VALUES:
         raise InvalidInputError(f"values: expected one of {', '.join(VALUES)}, got {values!r}")
     if len(tensors) != 64 * len(views) and plan.numel:
@@ -128,7 +128,7 @@ def low_rank(
         views, plan, start, state, values, rank, tensors, fields
     )
     if result is None:
-        raise NonFiniteError(find_nonfinite(views, layout))
+        raise nonfinite_error(views, layout)
     return result
 
 
@@ -175,7 +175,7 @@ def low_rank_half(
     name = "low_rank_half"
     result = _variants.choose(name, _device(views), variant)(views, plan, factor, back, state)
     if result is None:
-        raise NonFiniteError(find_nonfinite(views, layout))
+        raise nonfinite_error(views, layout)
     return result
 
 
@@ -295,7 +295,7 @@ def _reference(
     fields: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     result = reference.encode(
-        flat32(views), plan, start, state, values, fields["seed"], fields["round"]
+        flat_float32(views), plan, start, state, values, fields["seed"], fields["round"]
     )
     if result is None:
         return None
@@ -342,7 +342,7 @@ def _half_cpu(
 def _half_reference(
     views: Sequence[View], plan: Plan, factor: np.ndarray, back: bool, state: State
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    return reference.half(flat32(views), plan, factor, back, state, 0, 0)
+    return reference.half(flat_float32(views), plan, factor, back, state, 0, 0)
 
 
 def _residual_cpu(plan: Plan, p: np.ndarray, q: np.ndarray, e: np.ndarray) -> None:

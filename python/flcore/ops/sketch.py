@@ -14,7 +14,7 @@ from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops._fields import find_nonfinite, flat32
+from flcore.ops._encode import flat_float32, nonfinite_error
 from flcore.reference import sketch as reference
 from flcore.reference.wire_sketch import MAX_NUMEL, MAX_ROWS
 
@@ -100,7 +100,7 @@ def sketch(
     device = next((v.device for v in views if v.device != "cpu"), "cpu")
     finite = _variants.choose("sketch", device, variant)(views, seed, out)
     if not finite or not np.isfinite(out).all():
-        raise NonFiniteError(find_nonfinite(views, layout))
+        raise nonfinite_error(views, layout)
     return out
 
 
@@ -263,7 +263,7 @@ def _cpu(views: Sequence[View], seed: int, out: np.ndarray) -> bool:
 
 
 def _reference(views: Sequence[View], seed: int, out: np.ndarray) -> bool:
-    u = flat32(views)
+    u = flat_float32(views)
     if not np.isfinite(u).all():
         return False
     with np.errstate(over="ignore", invalid="ignore"):

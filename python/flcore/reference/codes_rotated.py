@@ -12,9 +12,9 @@ Code j: bit b - 1 is the sign (1 = negative), the lower bits count centroids fro
 last block of n coordinates is filled with zeros to m, the next power of two.
 
 Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", NeurIPS 2021, arXiv 2105.08339;
-Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for Federated
-Learning", ICML 2022, arXiv 2108.08842. Centroids: Max, "Quantizing for minimum distortion", IRE
-Trans. Inform. Theory 6, 1960.
+Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for
+Federated Learning", ICML 2022, arXiv 2108.08842. Centroids: Max, "Quantizing for minimum
+distortion", IRE Trans. Inform. Theory 6, 1960.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore.reference import quantize, wire_bucket
+from flcore.reference import low_rank, quantize, sketch, wire_bucket
 from flcore.reference.wire_frame import Header
 
 __all__ = ["DECODERS", "add", "dense"]
@@ -22,6 +22,8 @@ def _sparse(header: Header, body: Any) -> np.ndarray:
 DECODERS: dict[str, Callable[[Header, Any], np.ndarray]] = {
     "sparse": _sparse,
     **dict.fromkeys(wire_bucket.CODEC_NAMES, quantize.decode),
+    "low_rank": low_rank.decode,
+    "sketch": sketch.decode,
 }
 """What turns header and body of a checked packet into float32 (d,), by codec."""
 

@@ -1,8 +1,8 @@
 """The randomised Hadamard transform of blocks: the definition in NumPy.
 
 Signs come from a Philox stream, by coordinate; the transform adds and subtracts in the order
-h = 1, 2, 4 .. m / 2, each ``(a, b) -> (a + b, a - b)`` for places i and i + h, so that every variant
-has the same bits in float32. Integers are transformed exactly.
+h = 1, 2, 4 .. m / 2, each ``(a, b) -> (a + b, a - b)`` for places i and i + h, so that every
+variant has the same bits in float32. Integers are transformed exactly.
 
 Suresh, Yu, Kumar, McMahan, "Distributed Mean Estimation with Limited Communication", ICML 2017,
 arXiv 1611.00429.

@@ -18,7 +18,8 @@ import numpy as np
 from flcore._state import State
 from flcore.reference import feedback
 from flcore.reference.sparsify import round_values
-from flcore.reference.wire import decode_values
+from flcore.reference.wire_frame import Header, decode_values
+from flcore.reference.wire_low_rank import LARGEST, MAX_RANK, LowRankBody
 
 __all__ = [
     "COLUMNS",
@@ -27,6 +28,7 @@ __all__ = [
     "ROWS",
     "Plan",
     "back",
+    "decode",
     "encode",
     "half",
     "orthonormalise",
@@ -264,6 +266,16 @@ def half(
     feedback.store(state, block, _join(sent, np.float32), seed, round)
     dense = [x for x, r in zip(sent, plan.rank, strict=True) if r == 0]
     return result, _join(dense, np.float32)
+
+
+def decode(header: Header, body: LowRankBody) -> np.ndarray:
+    """Return the update of a checked packet as float32 (d,)."""
+    plan = Plan.of([t.shape for t in body.tensors], body.ranks.tolist())
+    factors = zip(
+        plan.parts(body.p, "p"), plan.parts(body.q, "q"), plan.parts(body.values, "values"),
+        plan.rank, strict=True,
+    )  # fmt: skip
+    return _join([product(x, y) if r else z for x, y, z, r in factors], np.float32)
 
 
 def residual(plan: Plan, p: np.ndarray, q: np.ndarray, e: np.ndarray, out: np.ndarray) -> None:

@@ -15,8 +15,20 @@ import numpy as np
 
 from flcore.reference import rng, streams
 from flcore.reference.sparsify import select
+from flcore.reference.wire_frame import Header
+from flcore.reference.wire_sketch import SketchBody
 
-__all__ = ["BLOCK", "estimate", "medians", "parts", "places", "scatter", "sketch", "top_k"]
+__all__ = [
+    "BLOCK",
+    "decode",
+    "estimate",
+    "medians",
+    "parts",
+    "places",
+    "scatter",
+    "sketch",
+    "top_k",
+]
 
 BLOCK = 1024  # coordinates; parts are runs of blocks
 
@@ -68,6 +80,11 @@ def estimate(cells: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
     rows, columns = cells.shape
     column, sign = places(index, seed, rows, columns)
     return medians(sign * np.take_along_axis(cells, column, axis=1))
+
+
+def decode(header: Header, body: SketchBody) -> np.ndarray:
+    """Return what the table of a checked packet says about all coordinates, float32 (d,)."""
+    return estimate(body.table, np.arange(header.numel), header.seed)
 
 
 def top_k(cells: np.ndarray, numel: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

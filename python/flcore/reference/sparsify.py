@@ -7,6 +7,7 @@ byte. See :func:`flcore.ops.sparsify.sparsify` for the meaning of the arguments.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ import numpy as np
 from flcore._state import State
 from flcore.reference import feedback, wire, wire_writer
 
-__all__ = ["RUN", "keys", "round_values", "sample", "select", "select_segments", "sparsify", "store"]
+__all__ = [
+    "RUN",
+    "keys",
+    "round_values",
+    "sample",
+    "select",
+    "select_segments",
+    "sparsify",
+    "store",
+]
 
 
 RUN = 32
@@ -50,7 +60,7 @@ def select_segments(
         the floor, and for an empty segment.
     """
     kept, tau = [np.empty(0, np.int64)], np.zeros(k.size, np.uint32)
-    for s, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for s, (begin, end) in enumerate(pairwise(starts)):
         if begin == end:
             continue
         part = u[begin:end]

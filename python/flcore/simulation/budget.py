@@ -7,6 +7,8 @@ not sent; what would have to wait beyond the last round is lost.
 
 from __future__ import annotations
 
+import math
+
 from flcore.simulation.settings import Settings
 
 __all__ = ["ENOUGH", "advice", "coverage"]
@@ -35,10 +37,11 @@ def advice(settings: Settings, numel: int) -> str | None:
     if share >= ENOUGH or not hasattr(settings.codec, "count"):
         return None
     visits = settings.rounds * settings.participants / settings.clients
-    rounds = -(-settings.rounds * ENOUGH // share)
+    rounds = math.ceil(round(settings.rounds * ENOUGH / share, 6))
     return (
-        f"a client takes part about {visits:.3g} times and sends {share / visits:.2%} of its values "
-        f"each time: {share:.0%} of an update in the whole run. That is too little to catch up "
-        f"with an uncompressed run, whatever the error control; send {min(ENOUGH / visits, 1):.2g} "
-        f"of the values, or train for {rounds:.0f} rounds, or let more clients take part"
+        f"a client takes part about {visits:.3g} times and sends {share / visits:.2%} of its "
+        f"values each time: {share:.0%} of an update in the whole run. That is too little to catch "
+        f"up with an uncompressed run, whatever the error control; send "
+        f"{min(ENOUGH / visits, 1):.2g} of the values, or train for {rounds} rounds, or let more "
+        "clients take part"
     )
