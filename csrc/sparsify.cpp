@@ -158,7 +158,7 @@ bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
 // Steps 1 and 2 with histograms. False when a value is not finite; nothing is written then.
 bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
   Numbers above(b.piece.size(), 0), within(b.piece.size(), 0), need(b.ranges.size());
-  std::vector<uint32_t> prefix(b.piece.size(), 0);
+  std::vector<uint32_t> prefix(b.piece.size(), 0), tau_bin(b.piece.size(), 0);
   for (size_t i = 0; i < need.size(); ++i) need[i] = s.k[b.ranges[i].segment];
   std::vector<Range> open = b.ranges;
   std::vector<size_t> number(open.size());
@@ -190,7 +190,8 @@ bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
         within[size_t(p)] = row[bin];
         reach += above[size_t(p)] + row[bin];
         prefix[size_t(p)] = (prefix[size_t(p)] << SPARSIFY_WIDTH[level]) | uint32_t(bin);
-        b.cut[size_t(p)] = std::max(prefix[size_t(p)] << SPARSIFY_SHIFT[level], s.floor);
+        tau_bin[size_t(p)] = prefix[size_t(p)] << SPARSIFY_SHIFT[level];
+        b.cut[size_t(p)] = std::max(tau_bin[size_t(p)], s.floor);
       }
       if (reach <= 2 * s.k[r.segment] + FEW) continue;
       if (level + 1 == SPARSIFY_LEVELS) {
@@ -204,9 +205,11 @@ bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
     number.swap(still_number);
   }
   Numbers room(b.piece.size());
-  for (size_t p = 0; p < room.size(); ++p) room[p] = above[p] + within[p];
-  // a floor above the bin leaves fewer candidates than there is room, and no ties to share
-  b.sweep(x, s.floor ? nullptr : &within, room);
+  for (size_t p = 0; p < room.size(); ++p) {
+    room[p] = above[p] + within[p];
+    if (s.floor > tau_bin[p]) within[p] = ANY;  // fewer candidates than there is room, no ties
+  }
+  FLCORE_CHECK(b.sweep(x, &within, room) == 0, "update: changed while it was read");
   return true;
 }
 

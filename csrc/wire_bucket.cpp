@@ -11,11 +11,12 @@ namespace {
 
 #define NEED FLCORE_NEED
 
-// Bits of the elements of a CODEC_MINIFLOAT packet by form, and the exponent of their largest value: 1 e4m3,
-// 2 e5m2, 3 e3m2, 4 e2m3, 5 e2m1, 6 int8 (64ths), 7 and 8 codebooks of 16 values within [-1, 1].
-constexpr int MINIFLOAT_FORMS = 9;
-constexpr int MINIFLOAT_BITS[MINIFLOAT_FORMS] = {0, 8, 8, 6, 6, 4, 8, 4, 4};
-constexpr int MINIFLOAT_EMAX[MINIFLOAT_FORMS] = {0, 8, 15, 4, 2, 2, 0, 0, 0};
+// Elements of a CODEC_MINIFLOAT packet by form: 1 e4m3, 2 e5m2, 3 e3m2, 4 e2m3, 5 e2m1, 6 int8
+// (64ths), 7 the codebook nf4. Their bits, the exponent of the largest and its value.
+constexpr int MINIFLOAT_FORMS = 8;
+constexpr int MINIFLOAT_BITS[MINIFLOAT_FORMS] = {0, 8, 8, 6, 6, 4, 8, 4};
+constexpr int MINIFLOAT_EMAX[MINIFLOAT_FORMS] = {0, 8, 15, 4, 2, 2, 0, 0};
+constexpr double MINIFLOAT_LARGEST[MINIFLOAT_FORMS] = {0, 448, 57344, 28, 7.5, 6, 127.0 / 64, 1};
 
 bool one_of(int x, int a, int b) { return x == a || x == b; }
 bool power_of_two(uint32_t x) { return x && !(x & (x - 1)); }
@@ -92,7 +93,7 @@ double reach(const Header& h) {
   switch (h.codec) {
     case CODEC_UNIFORM: return double(1 << (h.bits - 1));
     case CODEC_AFFINE: return double((1 << h.bits) - 1);
-    case CODEC_MINIFLOAT: return double(2 << MINIFLOAT_EMAX[h.index]);
+    case CODEC_MINIFLOAT: return MINIFLOAT_LARGEST[h.index];
     case CODEC_TERNARY: return 2.0;
     case CODEC_ROTATED: return 4.0 * h.tile;
     default: return 1.0;

@@ -42,7 +42,6 @@ WIRE_LARGEST = tl.constexpr(3.402823e38)
 MAGNITUDES, SQUARES, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-
 # ---- bits of floats ------------------------------------------------------------------------------
 
 
@@ -125,7 +124,7 @@ def store_memory(
         tl.store(out_ptr + at, x, mask=inside)
 
 
-# ---- statistics of buckets: [ROWS, 1] -------------------------------------------------------------
+# ---- statistics of buckets: [ROWS, 1] -----------------------------------------------------------
 
 
 @triton.jit

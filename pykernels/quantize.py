@@ -1,4 +1,4 @@
-"""Codes of buckets with feedback in Triton: update and memory to codes and new memory in one launch.
+"""Codes of buckets with feedback in Triton: update and memory to codes and new memory, one launch.
 
 For the buckets of a program::
 
@@ -16,10 +16,9 @@ lanes and the same tree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -42,18 +41,9 @@ from flcore.pykernels.codes import (
     wire_scale,
 )
 
-from flcore._arrays import View
-from flcore._state import State
-from flcore.errors import VariantUnavailableError
-from flcore.ops import quantize as op
-from flcore.reference import buckets, codes_float, wire, wire_bucket, wire_frame
-from flcore.reference.buckets import Settings
-
-__all__ = ["quantize"]
+__all__ = ["encode"]
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-LONGEST = 8192  # coordinates of a bucket: one program holds it
-AT_ONCE = 1024  # coordinates of a program with shorter buckets
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
@@ -134,137 +124,59 @@ def quantize_kernel(
             store_memory(v_new_ptr, at, inside, s, k0, k1, round, 1, M)
 
 
-# ---- launcher ------------------------------------------------------------------------------------
-
-# positive levels, or steps, and what is added to make a code
-GRIDS = {
-    "sign": lambda s: (0, 0, 0, 1.0),
-    "uniform": lambda s: (-s.levels, s.levels, (1 << (s.bits - 1)) - 1, float(1 << (s.bits - 1))),
-    "ternary": lambda s: (-1, 1, 1, 2.0),
-    "affine": lambda s: (0, (1 << s.bits) - 1, 0, float((1 << s.bits) - 1)),
-    "minifloat": lambda s: (0, 0, 0, 1.0),
-}
+# ---- host side -----------------------------------------------------------------------------------
 
 
-def _refuse(s: Settings) -> None:
-    """Raise unless the kernel has this codec."""
-    why = ""
-    if s.codec not in GRIDS:
-        why = f"it has no {s.codec} codes"
-    elif s.bucket > LONGEST:
-        why = f"its buckets have at most {LONGEST} coordinates, not {s.bucket}"
-    elif (s.codec == "ternary" and s.form == 1) or (s.codec == "affine" and s.measure):
-        why = "it has neither trits nor two means"
-    elif s.codec == "minifloat" and codes_float.NAMES[s.form] == "nf4":
-        why = "it has no codebooks"
-    if why:
-        raise VariantUnavailableError(f"quantize: variant triton cannot do this: {why}")
+def encode(
+    g: torch.Tensor,
+    kept: Mapping[str, torch.Tensor],
+    new: Mapping[str, torch.Tensor],
+    scales: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    count: int,
+    factors: tuple[float, float, float, float],
+    words: tuple[int, int, int],
+    check: bool,
+    **constants: Any,
+) -> bool:
+    """Encode `count` buckets and return whether all was finite; waits for the device.
 
-
-def _constants(s: Settings) -> dict[str, Any]:
-    least, levels, shift, reach = GRIDS[s.codec](s)
-    name = codes_float.NAMES[s.form] if s.codec == "minifloat" else "e4m3"
-    f = codes_float.FORMATS[name]
-    block = max(16, triton.next_power_of_2(s.bucket))
-    return {
-        "CODEC": wire.CODECS[s.codec],
-        "BITS": s.bits,
-        "FORM": s.form,
-        "S": wire_frame.VALUE_CODES[s.values],
-        "STOCHASTIC": s.stochastic,
-        "MEASURE": s.measure,
-        "CLIP": s.clip,
-        "LIMIT": float(buckets.scale_limit(reach)),
-        "LEAST": float(least),
-        "LEVELS": float(levels),
-        "SHIFT": shift,
-        "MANTISSA": f.mantissa,
-        "EMIN": f.emin,
-        "EMAX": f.emax,
-        "TOP": f.top,
-        "LARGEST": codes_float.largest(name),
-        "FRACTION": (f.top & ((1 << f.mantissa) - 1)) << (23 - f.mantissa),
-        "BUCKET": s.bucket,
-        "STRIDE": wire_bucket.bucket_bytes(s.codec, s.form, s.bits, s.bucket),
-        "ROWS": max(1, AT_ONCE // block),
-        "BLOCK": block,
-    }
-
-
-def _tensor(x: Any) -> torch.Tensor:
-    """View an array flat, bfloat16 of any kind as int16."""
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x.view(np.int16) if x.dtype.itemsize == 2 and x.dtype != np.float16 else x)
-    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).reshape(-1)
-
-
-def _update(views: Sequence[View]) -> tuple[torch.Tensor, int]:
-    """Return the update as one tensor, and the code of its dtype."""
-    if len(views) == 1:
-        return _tensor(views[0].array), views[0].code
-    parts = []
-    for v in views:
-        x = _tensor(v.array)
-        parts.append(x.view(torch.bfloat16) if v.dtype == "bfloat16" else x)
-    return torch.cat([x.to(torch.float32) for x in parts] or [torch.empty(0)]), 1
-
-
-def quantize(
-    views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
-) -> np.ndarray | None:
-    """Variant `triton`: the packet in CPU memory; waits for the device."""
-    _refuse(s)
-    state = state or State()
-    numel = sum(v.numel for v in views)
-    count = -(-numel // s.bucket)
-    frame = op.packet_frame(s, numel, fields)
-    g, code = _update(views)
-    kept = {name: _tensor(x) for name, x in state.buffers().items()}
-    new = {name: _tensor(state.new(name)) for name in kept}
-    kinds = {"float32": torch.float32, "bfloat16": torch.int16, "e8m0": torch.uint8}
-    scales = torch.empty(
-        count * wire_bucket.scales_per_bucket(s.codec), dtype=kinds[s.values], device=g.device
-    )
-    codes = torch.empty(
-        wire_bucket.code_bytes(s.codec, s.form, s.bits, s.bucket, numel),
-        dtype=torch.uint8,
-        device=g.device,
-    )
+    Parameters
+    ----------
+    g : (d,) tensor
+        The update, bfloat16 as int16 like everywhere here.
+    kept, new : tensors by name
+        Memory e, h and v as it is, and where the new one goes.
+    scales, codes : tensors
+        Sections of the packet, on the device.
+    factors : a, b, p, q
+        Of the affine form, numbers of float32.
+    words : low and high word of the seed, and the round
+        Each below 2**32.
+    check : bool
+        Write nothing, only look whether all is finite.
+    constants
+        The compile-time arguments of `quantize_kernel` from D on.
+    """
     flags = torch.zeros(1, dtype=torch.int32, device=g.device)
-    constants = _constants(s)
-    words = (s.seed & 0xFFFFFFFF, s.seed >> 32, s.round & 0xFFFFFFFF)
-    factors = [float(np.float32(x)) for x in (state.a, state.b, state.p, state.q)]
-    passes = [True, False] if kept and state.in_place else [False]
-    for check in passes if count else ():
-        with torch.cuda.device_of(g):
-            quantize_kernel[(-(-count // constants["ROWS"]),)](
-                g,
-                *(kept.get(name, g) for name in "ehv"),
-                *(new.get(name, g) for name in "ehv"),
-                scales,
-                codes,
-                flags,
-                numel,
-                count,
-                *factors,
-                *(word - ((word >> 31) << 32) for word in words),  # the int32 with the same bits
-                D=code,
-                E="e" in kept,
-                H="h" in kept,
-                V="v" in kept,
-                M=3 if state.dtype == "bfloat16" else 1,
-                MASK=state.mask,
-                CHECK=check,
-                **constants,
-                **OPTIONS,
-            )
-        if flags.item():
-            return None
-    out = np.empty(frame.nbytes, np.uint8)
-    for section, x in ((wire_frame.SCALES, scales), (wire_frame.CODES, codes)):
-        if x.numel():
-            data = x.view(torch.uint8).cpu().numpy()
-            out[frame.offset(section) :][: data.size] = data
-    frame.seal(op.address(out))
-    state.commit()
-    return out
+    with torch.cuda.device_of(g):
+        quantize_kernel[(-(-count // constants["ROWS"]),)](
+            g,
+            *(kept.get(name, g) for name in "ehv"),
+            *(new.get(name, g) for name in "ehv"),
+            scales,
+            codes,
+            flags,
+            g.numel(),
+            count,
+            *factors,
+            *(word - ((word >> 31) << 32) for word in words),  # the int32 with the same bits
+            E="e" in kept,
+            H="h" in kept,
+            V="v" in kept,
+            CHECK=check,
+            **constants,
+            **OPTIONS,
+        )
+    return not flags.item()

@@ -29,7 +29,7 @@ def step(workers, server, gradients):
 
 
 def test_worked_example_of_two_workers():
-    """Momenta (1, -2, 3, -4) and (2, 2, -1, -1), one scale each: beta_1 = 0 makes them gradients."""
+    """Momenta (1, -2, 3, -4) and (2, 2, -1, -1): with beta_1 = 0 they are the gradients."""
     workers, server = start(2, 4, Sign(scale="l2"), betas=(0.0, 0.9))
     step(workers, server, np.ones((2, 4), np.float32))
     m = np.array([[1, -2, 3, -4], [2, 2, -1, -1]], np.float32)

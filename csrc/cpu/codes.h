@@ -93,9 +93,10 @@ FLCORE_INLINE float scale_limit(double reach) {
   return x;
 }
 
-// x >= 0 as it will be read from the wire: bfloat16 is rounded up, so that nothing is clipped, but
-// never above the limit.
+// x >= 0 as it will be read from the wire: at least 2^-126 unless 0, so that its inverse is finite;
+// bfloat16 is rounded up, so that nothing is clipped; but never above the limit.
 FLCORE_INLINE float scale_value(float x, float limit, int dtype) {
+  if (x > 0 && x < 0x1p-126f) x = 0x1p-126f;
   if (x > limit) x = limit;
   if (dtype != BF16) return x;
   const uint32_t up = (bits_of(x) + 0xffffu) & 0xffff0000u;

@@ -3,6 +3,7 @@
 //   ternary  a = max |u|, or less when clipped; q = round(u / a) in {-1, 0, 1}; D = a q
 //   uniform  unit = max |u| / levels or ||u|| / levels; q = round(u / unit) within +-levels; D = unit q
 //   affine   lo = min u, unit = (max u - lo) / (2^b - 1); q = round((u - lo) / unit); D = lo + unit q
+// The quotient is the product with the rounded inverse of the unit, which is 0 or at least 2^-126.
 // round is half to even, or floor(y + r) with r a uniform random number: E D = u. All arithmetic is
 // float32, each operation rounded; sums are float64 in 16 lanes (lane c % 16 takes coordinate c), then
 // lanes 8, 4, 2 and 1 apart are added: the same bits at every level. Scales are made smaller where a
@@ -119,9 +120,9 @@ static inline Ends ends_of(const float* u, int64_t n) {
 
 // ---- one grid for ternary, uniform and affine ----------------------------------------------------
 
-// q = round(clamp((u - lo) / divisor)), code = q + shift, D = unit q, plus lo when affine
+// q = round(clamp((u - lo) * inverse)), code = q + shift, D = unit q, plus lo when affine
 struct Grid {
-  float lo, unit, divisor, least, most;
+  float lo, unit, inverse, least, most;
   int32_t shift;
 };
 
@@ -145,7 +146,7 @@ template <bool AFFINE, bool STOCHASTIC, class V>
 FLCORE_INLINE void grid_step(const Grid& g, const BucketJob& job, int64_t i, uint8_t* codes) {
   V y = load<V>(job.u + i);
   if constexpr (AFFINE) y = y - g.lo;
-  y = y / g.divisor;
+  y = y * g.inverse;
   const V least = V{} + g.least, most = V{} + g.most;
   y = y < least ? least : y;
   y = y > most ? most : y;
@@ -172,7 +173,7 @@ static void grid_codes(const Grid& g, const BucketJob& job, uint8_t* codes) {
 template <bool AFFINE>
 static void put_grid(const Grid& grid, const BucketJob& job) {
   Grid g = grid;
-  g.divisor = g.unit > 0 ? g.unit : __builtin_inff();  // a bucket of one value: everything is 0
+  g.inverse = g.unit > 0 ? 1.0f / g.unit : 0.0f;  // a bucket of one value: everything is 0
   const bool whole = job.c.bits == 8;
   uint8_t* codes = whole ? job.codes : reinterpret_cast<uint8_t*>(job.work);
   if (job.c.stochastic)

@@ -79,7 +79,8 @@ FLCORE_INLINE int32_t feedback_key(float x) { return int32_t(bits_of(x) & 0x7fff
 FLCORE_INLINE vi32 feedback_larger(const vi32& x, const vi32& y) { return x > y ? x : y; }
 FLCORE_INLINE int32_t feedback_larger(int32_t x, int32_t y) { return x > y ? x : y; }
 
-template <bool E, bool H, bool V, class T, class K>
+// SAME: a and b are equal, hence t and u, and t is left out.
+template <bool E, bool H, bool V, bool SAME, class T, class K>
 FLCORE_INLINE void feedback_form(const FeedbackArgs& x, const float* g, const float* e,
                                  const float* h, const float* v, const FeedbackBuffers& to,
                                  int64_t i, K& top) {
@@ -91,30 +92,41 @@ FLCORE_INLINE void feedback_form(const FeedbackArgs& x, const float* g, const fl
   T t = s, u = s;
   if constexpr (E) {
     const T ev = load<T>(e + i);
-    t = x.b * ev + s;
+    if constexpr (!SAME) t = x.b * ev + s;
     u = x.a * ev + s;
   }
   if constexpr (H) {
     const T hv = load<T>(h + i);
-    t = t - hv;
+    if constexpr (!SAME) t = t - hv;
     u = u - hv;
   }
-  if constexpr (E) store(to.t + i, t);
+  if constexpr (E && !SAME) store(to.t + i, t);
   if constexpr (E || H) store(to.u + i, u);
-  top = feedback_larger(top, feedback_larger(feedback_key(t), feedback_key(u)));
+  top = feedback_larger(top, feedback_key(u));
+  if constexpr (!SAME) top = feedback_larger(top, feedback_key(t));
 }
 
-template <bool E, bool H, bool V>
+template <bool E, bool H, bool V, bool SAME>
 static bool feedback_block(const FeedbackArgs& x, const float* g, const float* e, const float* h,
                            const float* v, const FeedbackBuffers& to, int64_t count) {
   vi32 tops = {};
   int32_t top = 0;
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
-    feedback_form<E, H, V, vf32>(x, g, e, h, v, to, i, tops);
-  for (; i < count; ++i) feedback_form<E, H, V, float>(x, g, e, h, v, to, i, top);
+    feedback_form<E, H, V, SAME, vf32>(x, g, e, h, v, to, i, tops);
+  for (; i < count; ++i) feedback_form<E, H, V, SAME, float>(x, g, e, h, v, to, i, top);
   for (int k = 0; k < LANES; ++k) top = feedback_larger(top, tops[k]);
   return uint32_t(top) < 0x7f800000u;
+}
+
+template <bool E, bool SAME>
+static bool feedback_block(const FeedbackArgs& x, const float* g, const float* e, const float* h,
+                           const float* v, const FeedbackBuffers& to, int64_t count) {
+  if (h)
+    return v ? feedback_block<E, true, true, SAME>(x, g, e, h, v, to, count)
+             : feedback_block<E, true, false, SAME>(x, g, e, h, v, to, count);
+  return v ? feedback_block<E, false, true, SAME>(x, g, e, h, v, to, count)
+           : feedback_block<E, false, false, SAME>(x, g, e, h, v, to, count);
 }
 
 // s, t and u of coordinates [begin, begin + count).
@@ -125,17 +137,16 @@ static FeedbackBlock feedback_load(const FeedbackArgs& x, int64_t begin, int64_t
   const float* v = x.v ? feedback_state(x, x.v, begin, count, to.v) : nullptr;
   const float* h = x.h ? x.h + begin : nullptr;
   FeedbackBlock block;
-  if (e && h && v) block.finite = feedback_block<true, true, true>(x, g, e, h, v, to, count);
-  if (e && h && !v) block.finite = feedback_block<true, true, false>(x, g, e, h, v, to, count);
-  if (e && !h && v) block.finite = feedback_block<true, false, true>(x, g, e, h, v, to, count);
-  if (e && !h && !v) block.finite = feedback_block<true, false, false>(x, g, e, h, v, to, count);
-  if (!e && h && v) block.finite = feedback_block<false, true, true>(x, g, e, h, v, to, count);
-  if (!e && h && !v) block.finite = feedback_block<false, true, false>(x, g, e, h, v, to, count);
-  if (!e && !h && v) block.finite = feedback_block<false, false, true>(x, g, e, h, v, to, count);
-  if (!e && !h && !v) block.finite = feedback_block<false, false, false>(x, g, e, h, v, to, count);
+  const bool same = !e || x.a == x.b;
+  if (!e)
+    block.finite = feedback_block<false, true>(x, g, e, h, v, to, count);
+  else if (same)
+    block.finite = feedback_block<true, true>(x, g, e, h, v, to, count);
+  else
+    block.finite = feedback_block<true, false>(x, g, e, h, v, to, count);
   block.s = v ? to.s : g;
   block.u = e || h ? to.u : block.s;
-  block.t = e ? to.t : block.u;
+  block.t = same ? block.u : to.t;
   return block;
 }
 

@@ -51,8 +51,9 @@ FLCORE_INLINE Bytes keep(const Bytes& x, int mask) {
 FLCORE_INLINE Bytes shift(const Bytes& x, int by) { return _mm_srli_epi16(x, by); }
 FLCORE_INLINE Bytes sum(const Bytes& x, const Bytes& y) { return _mm_add_epi8(x, y); }
 FLCORE_INLINE void zip(const Bytes& x, const Bytes& y, Bytes& first, Bytes& second) {
-  first = _mm_unpacklo_epi8(x, y);
-  second = _mm_unpackhi_epi8(x, y);
+  const Bytes a = _mm_unpacklo_epi8(x, y), b = _mm_unpackhi_epi8(x, y);  // may be the same memory
+  first = a;
+  second = b;
 }
 #endif
 

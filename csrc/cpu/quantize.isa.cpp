@@ -21,7 +21,7 @@ namespace flcore {
 namespace FLCORE_ISA {
 namespace {
 
-constexpr int64_t GROUP = 2048;
+constexpr int64_t GROUP = 1024;
 constexpr int64_t SLACK = 64;  // floats between the parts of the scratch
 
 // ---- codecs ------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ class State:
     e, h, v : (d,) arrays, optional
         h is float32; e and v are float32, or both uint16 that hold bfloat16 and are rounded
         stochastically, with the bits of stream (seed, round). Contiguous and writable; no two
-        overlap, none overlaps the update.
+        overlap, none overlaps the update. NumPy arrays; for an update on a GPU torch tensors on the
+        same device, float32 or bfloat16.
     a, b, p, q : float
         Rounded to float32.
     mask : bool
@@ -49,22 +50,22 @@ class State:
         in place, for which an encoder must look at all values before it writes the first.
     """
 
-    e: np.ndarray | None = None
-    h: np.ndarray | None = None
-    v: np.ndarray | None = None
+    e: Any = None
+    h: Any = None
+    v: Any = None
     a: float = 1.0
     b: float = 1.0
     p: float = 0.0
     q: float = 1.0
     mask: bool = False
-    spare: dict[str, np.ndarray] = field(default_factory=dict)
+    spare: dict[str, Any] = field(default_factory=dict)
 
-    def buffers(self) -> Mapping[str, np.ndarray]:
+    def buffers(self) -> Mapping[str, Any]:
         """Return the buffers that are kept, by name."""
         named = {name: getattr(self, name) for name in NAMES}
         return {name: array for name, array in named.items() if array is not None}
 
-    def new(self, name: str) -> np.ndarray | None:
+    def new(self, name: str) -> Any:
         """Return the memory that the new state of a buffer is written to."""
         return self.spare.get(name, getattr(self, name))
 
@@ -77,7 +78,8 @@ class State:
     def dtype(self) -> str:
         """Type that e and v are stored in, "float32" or "bfloat16"."""
         kept = [x for x in (self.e, self.v) if x is not None]
-        return "bfloat16" if kept and kept[0].dtype == np.uint16 else "float32"
+        narrow = kept and _arrays.dtype_name(kept[0]) in ("uint16", "bfloat16")
+        return "bfloat16" if narrow else "float32"
 
     def commit(self) -> None:
         """Make what was written to the spares the state; encoders call it after success."""
@@ -87,23 +89,24 @@ class State:
                 setattr(self, name, self.spare[name])
                 self.spare[name] = old
 
-    def check(self, numel: int) -> None:
-        """Raise unless every buffer can hold the state of `numel` coordinates.
+    def check(self, numel: int, device: str = "cpu") -> None:
+        """Raise unless every buffer can hold the state of `numel` coordinates of a `device`.
 
         Raises
         ------
         DTypeError, InvalidInputError
             A buffer of another type, size or layout, or two that overlap.
         """
-        seen: list[tuple[str, np.ndarray]] = []
-        wide = np.dtype(np.uint16 if self.dtype == "bfloat16" else np.float32)
+        seen: list[tuple[str, Any]] = []
+        narrow = "uint16" if device == "cpu" else "bfloat16"
+        wide = narrow if self.dtype == "bfloat16" else "float32"
         for name, x in self.buffers().items():
-            dtype = np.dtype(np.float32) if name == "h" else wide
+            dtype = "float32" if name == "h" else wide
             spare = [(f"spare[{name!r}]", self.spare[name])] if name in self.spare else []
             for label, y in [(name, x), *spare]:
-                _check_buffer(y, label, numel, dtype)
+                _check_buffer(y, label, numel, dtype, device)
                 for other, z in seen:
-                    if np.may_share_memory(y, z):
+                    if _overlap(y, z):
                         raise InvalidInputError(
                             f"{other} and {label}: expected two arrays that do not overlap"
                         )
@@ -125,11 +128,29 @@ class State:
         }
 
 
-def _check_buffer(x: Any, name: str, numel: int, dtype: np.dtype) -> None:
-    if not isinstance(x, np.ndarray) or x.dtype != dtype or not x.dtype.isnative:
-        got = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
-        raise DTypeError(f"{name}: expected a {dtype} NumPy array, got {got}")
-    if x.shape != (numel,):
-        raise InvalidInputError(f"{name}: expected shape ({numel},), got {x.shape}")
-    if not (x.flags.c_contiguous and x.flags.aligned and x.flags.writeable):
+def _check_buffer(x: Any, name: str, numel: int, dtype: str, device: str) -> None:
+    known = isinstance(x, np.ndarray) if device == "cpu" else _arrays.is_torch(x)
+    kind = "NumPy array" if device == "cpu" else f"torch tensor on {device}"
+    if not known or _arrays.dtype_name(x) != dtype or _arrays.device_of(x) != device:
+        got = type(x).__name__ if not _arrays.is_array(x) else _arrays.dtype_name(x)
+        if _arrays.is_array(x) and (not known or _arrays.device_of(x) != device):
+            got = f"a {type(x).__name__} on {_arrays.device_of(x)}"
+        raise DTypeError(f"{name}: expected a {dtype} {kind}, got {got}")
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:
+        raise DTypeError(f"{name}: expected a {dtype} {kind}, got {x.dtype}")
+    if tuple(x.shape) != (numel,):
+        raise InvalidInputError(f"{name}: expected shape ({numel},), got {tuple(x.shape)}")
+    if isinstance(x, np.ndarray):
+        usable = x.flags.c_contiguous and x.flags.aligned and x.flags.writeable
+    else:
+        usable = x.is_contiguous()
+    if not usable:
         raise InvalidInputError(f"{name}: expected a contiguous, aligned, writable array")
+
+
+def _overlap(x: Any, y: Any) -> bool:
+    if isinstance(x, np.ndarray):
+        return bool(np.may_share_memory(x, y))
+    begin, other = x.data_ptr(), y.data_ptr()
+    ends = begin + x.numel() * x.element_size(), other + y.numel() * y.element_size()
+    return bool(begin < ends[1] and other < ends[0])

@@ -23,12 +23,14 @@ CODEC_TEXTS = (
     "sign:bucket=512",
     "ternary:bucket=10",
     *(f"absmax:bits={bits},bucket=20" for bits in range(2, 9)),
-    "uniform:bits=4,bucket=64",
+    "uniform:levels=7,bucket=64",
     *(f"affine:bits={bits},bucket=33" for bits in (1, 3, 4, 8)),
-    "natural",
-    "fp8:element=e4m3",
-    "fp8:element=e5m2",
-    *(f"mx:element={e}" for e in ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "int8")),
+    "natural:bits=8",
+    "natural:bits=9",
+    "nf4",
+    "fp8:format=e4m3",
+    "fp8:format=e5m2",
+    *(f"mx:format={e}" for e in ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "int8")),
     *(f"rotated:bits={bits},block=256" for bits in (1, 2, 3, 4)),
     "low_rank:rank=2",
     "sketch:rows=3,columns=16",
@@ -43,7 +45,7 @@ def packets(texts: tuple[str, ...] = CODEC_TEXTS) -> Iterator[tuple[str, bytes]]
         for shapes in ([(1,)], [(17,)], [(30, 20), (9,)], [(1200,)]):
             codec = from_text(CODECS, text)
             update = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-            feedback = EControl() if len(shapes) > 1 else None
+            feedback = EControl(eta=0.1) if len(shapes) > 1 and codec.name != "sketch" else None
             encoder = Encoder(codec, feedback, like=update, tensor_table=len(shapes) > 1)
             for round in range(2):
                 options = {}

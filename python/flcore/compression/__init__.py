@@ -9,9 +9,12 @@ from flcore.compression._low_rank import LowRank
 from flcore.compression._one_bit_adam import OneBitAdam, OneBitServer
 from flcore.compression._packet import Packet, decode, decode_add, peek
 from flcore.compression._powersgd import PowerSGD, PowerSGDClient
+from flcore.compression._randk import RandK
+from flcore.compression._reader import PacketReader, split
 from flcore.compression._rotated import Rotated
 from flcore.compression._settings import from_text
 from flcore.compression._sketch import FetchSGD, Sketch, SketchStep, sum_sketches
+from flcore.compression._thc import THC, agree_norms, decode_sum, thc_sum
 from flcore.compression._threshold import Threshold
 from flcore.compression._topk import TopK
 from flcore.compression._two_way import Downlink, Replica
@@ -23,7 +26,9 @@ CODECS = {
     for codec in (
         TopK,
         Threshold,
+        RandK,
         Rotated,
+        THC,
         Sign,
         Ternary,
         AbsMax,
@@ -52,6 +57,7 @@ __all__ = [
     "FP8",
     "MX",
     "NF4",
+    "THC",
     "AbsMax",
     "Affine",
     "ControlledSum",
@@ -69,8 +75,10 @@ __all__ = [
     "OneBitServer",
     "Packet",
     "PacketError",
+    "PacketReader",
     "PowerSGD",
     "PowerSGDClient",
+    "RandK",
     "Replica",
     "Rotated",
     "Sign",
@@ -81,9 +89,13 @@ __all__ = [
     "Threshold",
     "TopK",
     "Uniform",
+    "agree_norms",
     "decode",
     "decode_add",
+    "decode_sum",
     "from_text",
     "peek",
+    "split",
     "sum_sketches",
+    "thc_sum",
 ]

@@ -77,14 +77,25 @@ class Codec(Settings, ABC):
         before they are decoded. Otherwise an encoder mixes the client's number into the seed.
     dense_state : bool
         Whether a packet changes h at every coordinate, so that h needs a spare too.
+    takes_feedback : bool
+        Whether an encoder may combine it with an error control.
     """
 
     family: ClassVar[str] = "codec"
     shared_seed: ClassVar[bool] = False
     dense_state: ClassVar[bool] = True
+    takes_feedback: ClassVar[bool] = True
 
     def check(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Raise `InvalidInputError` unless updates of layers of these shapes can be encoded."""
+
+    def needs_spares(self, memory: Mapping[str, Any]) -> bool:
+        """Return whether new state must not replace the old one while the packet is made.
+
+        True where one pass over memory finds out whether all values are finite and writes the
+        state; a codec that reads everything once before it writes updates in place.
+        """
+        return True
 
     @abstractmethod
     def eta(self, numel: int) -> float:

@@ -82,9 +82,8 @@ class Encoder:
 
     Notes
     -----
-    State: 4 bytes a coordinate for each vector that the error control keeps, twice that for e and
-    v (and for h with a codec that sends every coordinate) unless `in_place`. Calls must not
-    overlap in time. Raises `InvalidInputError` or `DTypeError` where an argument cannot be used.
+    State: 4 bytes a coordinate for each vector kept, twice that for e and v (and for h with a codec
+    that sends every coordinate) unless `in_place`. Calls must not overlap in time.
 
     Examples
     --------
@@ -118,6 +117,10 @@ class Encoder:
                 "feedback: expected an error control such as EF14 or EControl, or None, got "
                 f"{type(feedback).__name__}"
             )
+        if feedback is not None and not codec.takes_feedback:
+            raise InvalidInputError(
+                f"feedback: expected None with {type(codec).__name__}, got {feedback!r}"
+            )
         for name, value, known in (
             ("nonfinite", nonfinite, ("raise", "skip")),
             ("start", start, ("zero", "dense")),
@@ -142,6 +145,8 @@ class Encoder:
         self._shapes = tuple(tuple(x.shape) for x in layers)
         codec.check(self._shapes)
         self.numel = sum(_arrays.numel(x) for x in layers)
+        if feedback is not None:
+            feedback.factors(codec, self.numel, 0)
         self.epoch = 0
         dtypes = {name: STATE_DTYPES[state_dtype] for name in ("e", "v")} | {"h": np.float32}
         self._state = State()
@@ -157,8 +162,7 @@ class Encoder:
     def e(self) -> np.ndarray | None:
         """What was not sent yet, (d,) float32; None where the error control keeps none.
 
-        The array itself, good until the next call, or a copy where the state is bfloat16. The same
-        holds for `h` and `v`.
+        The array itself, good until the next call, or a copy of bfloat16 state; so is v.
         """
         return None if self._state.e is None else reference.from_state(self._state.e)
 
@@ -265,19 +269,18 @@ class Encoder:
         if codec is not self.codec:
             codec.check(self._shapes)
         update = self._layout.build(self._layout.layers(update, "update"))
-        state, flags = self._state, 0
-        factors = Factors()
+        state, flags, factors = self._state, 0, Factors()
         if codec is _DENSE:
             flags = wire.FLAG_RESYNC
         elif self.feedback is not None:
-            factors = self.feedback.factors(codec, self.numel, self.epoch)
             flags = self.feedback.flags
+            factors = self.feedback.factors(codec, self.numel, self.epoch)
         state.a, state.b, state.p, state.q, state.mask = factors
-        if not self.in_place:
+        if not codec.dense_state:
+            state.spare.pop("h", None)
+        if not self.in_place and codec.needs_spares(self._memory.get(codec.name, {})):
             for name, x in state.buffers().items():
-                if name == "h" and not codec.dense_state:
-                    state.spare.pop("h", None)
-                elif name not in state.spare:
+                if name not in state.spare and (name != "h" or codec.dense_state):
                     state.spare[name] = np.empty_like(x)
         job = self._make_job(update, state, codec, flags, round, seed, self.epoch)
         return job if norm is None else replace(job, options={"norm": norm})

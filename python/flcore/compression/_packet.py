@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flcore import _arrays, _updates
+from flcore._extras import require
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops import decode as ops
 from flcore.reference import wire
@@ -69,8 +70,47 @@ class Packet(ops.ParsedPacket):
         )
 
     def to_numpy(self) -> np.ndarray:
-        """Return the bytes as a read-only 1-D uint8 array, without a copy."""
+        """Return the bytes as a read-only 1-D uint8 array, without a copy.
+
+        ``memoryview(packet.to_numpy())`` is the same for what reads buffers.
+        """
         return self._buffer
+
+    def to_torch(self) -> Any:
+        """Return the bytes as a 1-D uint8 tensor on the CPU: a copy, because tensors can change.
+
+        Raises
+        ------
+        MissingDependencyError
+            torch is not installed.
+        """
+        torch = require("torch", extra="torch")
+        return torch.from_numpy(self._buffer.copy())
+
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Export a copy of the bytes as 1-D uint8 on the CPU, for any reader of DLPack.
+
+        Raises
+        ------
+        BufferError
+            `copy` is False, or another device is asked for: what reads DLPack may write.
+        """
+        if copy is False:
+            raise BufferError("a packet cannot change: its bytes are exported as a copy only")
+        if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
+            raise BufferError(f"a packet lies on the CPU, device (1, 0), not {dl_device}")
+        return self._buffer.copy().__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the CPU's device in DLPack."""
+        return (1, 0)
 
     @property
     def nbytes(self) -> int:

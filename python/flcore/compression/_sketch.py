@@ -72,6 +72,7 @@ class Sketch(Codec):
     seed: int = 0
     name: ClassVar[str] = "sketch"
     shared_seed: ClassVar[bool] = True
+    takes_feedback: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         ops.check_shape(self.rows, self.columns)

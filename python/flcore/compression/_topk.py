@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -165,6 +165,10 @@ class TopK(Codec):
         if self.scope == "tile":
             return self._block_count() / self.tile
         return self.count(numel) / max(numel, 1)
+
+    def needs_spares(self, memory: Mapping[str, Any]) -> bool:
+        """Return whether one pass will do: for tiles, or with a threshold to start from."""
+        return self.scope == "tile" or "tau" in memory
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet and move the state on."""

@@ -81,6 +81,7 @@ def _check(buffer: np.ndarray, limits: Limits) -> Any:
         limits.max_numel,
         limits.max_payload_bytes,
         limits.max_tensors,
+        _native.threads_for(buffer.size),
     )
 
 

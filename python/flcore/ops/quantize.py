@@ -62,8 +62,8 @@ def quantize(
     Parameters
     ----------
     update : array, or list, tuple or dict of arrays
-        float64, float32, float16 or bfloat16, on the CPU. Layers are read where they lie; buckets
-        run across layers.
+        float64, float32, float16 or bfloat16; state on the same device. Layers are read where they
+        lie (on a GPU several are first put together); buckets run across layers.
     codec : str
         A codec of buckets: dense, sign, uniform, affine, natural, minifloat, ternary, rotated.
     bits, form : int
@@ -87,8 +87,9 @@ def quantize(
         Header fields; FLAG_CHECKSUM is always set.
     tensors : bytes
         A tensor table of `flcore.reference.wire_writer.pack_tensors`, or nothing.
-    variant : {"reference", "cpu"}, optional
-        Which implementation runs.
+    variant : {"reference", "cpu", "triton"}, optional
+        Which implementation runs; "triton" has the codecs sign, uniform, affine, ternary and
+        minifloat with buckets up to 8192.
 
     Returns
     -------
@@ -133,9 +134,9 @@ def quantize(
         round=round,
     )
     _check_settings(settings, numel)
-    if state is not None:
-        state.check(numel)
     device = next((v.device for v in views if v.device != "cpu"), "cpu")
+    if state is not None:
+        state.check(numel, device)
     packet = _variants.choose("quantize", device, variant)(
         views,
         settings,
@@ -225,10 +226,8 @@ def _check_settings(s: Settings, numel: int) -> None:
 # ---- variants ----------------------------------------------------------------------------------
 
 
-def _cpu(
-    views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
-) -> np.ndarray | None:
-    numel = sum(v.numel for v in views)
+def packet_frame(s: Settings, numel: int, fields: dict[str, Any]) -> Any:
+    """Return the frame of a packet of these settings; `fields`: what its header says besides."""
     count = wire_bucket.scales_per_bucket(s.codec) * -(-numel // s.bucket)
     code = wire_frame.VALUE_CODES[s.values]
     sections = [
@@ -237,7 +236,7 @@ def _cpu(
     if wire_bucket.scales_per_bucket(s.codec):
         element = wire_frame.VALUE_BYTES[code]
         sections.insert(0, (wire_frame.SCALES, element, element * count))
-    frame = _native.core.PacketFrame(
+    return _native.core.PacketFrame(
         codec=wire.CODECS[s.codec],
         numel=numel,
         value_dtype=code,
@@ -252,6 +251,13 @@ def _cpu(
         sections=sections,
         tensors=fields["tensors"],
     )
+
+
+def _cpu(
+    views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
+) -> np.ndarray | None:
+    numel = sum(v.numel for v in views)
+    frame = packet_frame(s, numel, fields)
     out = np.empty(frame.nbytes, np.uint8)
     start = _arrays.address(out)
     finite = _native.core.quantize(
@@ -264,7 +270,7 @@ def _cpu(
         form=s.form,
         bits=s.bits,
         bucket=s.bucket,
-        scale_dtype=code,
+        scale_dtype=wire_frame.VALUE_CODES[s.values],
         measure=s.measure,
         stochastic=s.stochastic,
         levels=s.levels,
@@ -292,3 +298,9 @@ def _reference(
 
 _variants.add("quantize", "cpu", lambda: _cpu, _variants.cpu_only)
 _variants.add("quantize", "reference", lambda: _reference, _variants.cpu_only)
+_variants.add(
+    "quantize",
+    "triton",
+    _variants.lazy("flcore.ops._quantize_triton", "quantize"),
+    _variants.needs_triton,
+)

@@ -76,11 +76,13 @@ def sparsify(
     state : State, optional
         Memory of the client, None for none. e and v are written to their spares, else in place;
         h changes in place at the entries that are sent, its spare is not used.
-    values : {"float32", "float16", "bfloat16"}
+    values : {"float32", "float16", "bfloat16", "int8"}
         Type of the values on the wire: nearest even; a finite value too large for the type becomes
-        the largest finite one.
-    index : {"tile16", "bitmask"}
-        Two bytes an entry, or one bit a coordinate.
+        the largest finite one. int8 has a float32 scale for each tile of 65,536 coordinates, a
+        127th of the largest magnitude that is sent of it.
+    index : {"tile16", "bitmask", "bitpack", "rice", "smallest"}
+        Two bytes an entry; one bit a coordinate; gaps between entries, packed or Rice-coded
+        (:func:`flcore.ops.indices.encode_indices`); whichever of them takes the fewest bytes.
     round, seed, epoch, flags : int
         Header fields (docs/packet.md); FLAG_CHECKSUM is always set.
     tensors : bytes
@@ -114,7 +116,7 @@ def sparsify(
     starts, counts = _check_segments(k, segments, numel)
     for name, value, known in (
         ("values", values, wire.VALUE_DTYPES),
-        ("index", index, wire.INDEX_CODINGS),
+        ("index", index, ("smallest", *wire.INDEX_CODINGS)),
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -243,7 +245,8 @@ def _cpu(
             **fields,
             "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
             "value_dtype": wire.VALUE_DTYPES[values],
-            "index": wire.INDEX_CODINGS[index],
+            "index": wire.INDEX_CODINGS.get(index, 2),
+            "smallest": index == "smallest",
             "tensors": _arrays.address(rows),
             "tensor_count": rows.size // 64,
             "out": _arrays.address(out),

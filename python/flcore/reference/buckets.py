@@ -130,7 +130,12 @@ def scale_limit(reach: float) -> np.float32:
 
 
 def scale_values(x: np.ndarray, limit: np.ndarray | np.floating, values: str) -> np.ndarray:
-    """Return x >= 0 as it is read from the wire: bfloat16 rounded up, never above the limit."""
+    """Return x >= 0 as it is read from the wire.
+
+    At least 2**-126 unless 0, so that its inverse is finite; bfloat16 rounded up, so that nothing
+    is clipped; never above the limit.
+    """
+    x = np.where(x > 0, np.maximum(x, np.float32(2.0**-126)), x)
     x = np.minimum(x, limit).astype(np.float32)
     if values != "bfloat16":
         return x

@@ -51,9 +51,9 @@ def encode_update(u: np.ndarray, s: Settings, half: np.ndarray | None) -> tuple[
 
 
 def _grid(u, lo, unit, least, most, r):
-    divisor = np.where(unit > 0, unit, np.float32(np.inf)).astype(np.float32)
+    inverse = np.float32(1) / np.where(unit > 0, unit, np.float32(np.inf)).astype(np.float32)
     with np.errstate(over="ignore"):
-        y = np.clip((u - lo) / divisor, np.float32(least), np.float32(most))
+        y = np.clip((u - lo) * inverse, np.float32(least), np.float32(most))
     return np.rint(y) if r is None else np.floor(y + r)
 
 

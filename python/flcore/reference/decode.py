@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore.reference import low_rank, quantize, sketch, wire_bucket
+from flcore.reference import codes_thc, low_rank, quantize, sketch, wire_bucket
 from flcore.reference.wire_frame import Header
 
 __all__ = ["DECODERS", "add", "dense"]
@@ -24,6 +24,7 @@ DECODERS: dict[str, Callable[[Header, Any], np.ndarray]] = {
     **dict.fromkeys(wire_bucket.CODEC_NAMES, quantize.decode),
     "low_rank": low_rank.decode,
     "sketch": sketch.decode,
+    "thc": codes_thc.decode_update,
 }
 """What turns header and body of a checked packet into float32 (d,), by codec."""
 

@@ -37,8 +37,6 @@ __all__ = [
 ]
 
 ROWS, COLUMNS, LANES = 64, 1024, 16
-MAX_RANK = 32
-LARGEST = 3.4e38  # what |t| and |D| together may reach
 DEPENDENT = 1e-12  # of a vector's norm: what Gram-Schmidt leaves below is rounding
 
 

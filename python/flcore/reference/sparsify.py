@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from flcore._state import State
-from flcore.reference import feedback, wire, wire_writer
+from flcore.reference import feedback, wire_writer
+from flcore.reference.sparse_values import code_values, round_values
 
 __all__ = [
     "RUN",
@@ -79,21 +80,6 @@ def sample(numel: int, step: int, phase: int) -> np.ndarray:
     return at[at < numel]
 
 
-def round_values(u: np.ndarray, values: str) -> np.ndarray:
-    """Return the bit patterns of float32 `u` in the wire dtype: nearest even, then clamped.
-
-    A finite value beyond the largest finite number of the dtype becomes that number.
-    """
-    u = np.ascontiguousarray(u, np.float32)
-    if values == "float32":
-        return u.view(np.uint32)
-    if values == "float16":
-        return np.clip(u, -65504, 65504).astype(np.float16).view(np.uint16)
-    bits = u.view(np.uint32)
-    raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(raw & 0x7FFF == 0x7F80, raw - 1, raw).astype(np.uint16)
-
-
 def store(
     state: State, block: feedback.Block, kept: np.ndarray, sent: np.ndarray, seed: int, round: int
 ) -> None:
@@ -136,16 +122,17 @@ def sparsify(
     if not block.finite:
         return None
     kept, last = select_segments(block.u, starts, k, floor, rank)
-    raw = round_values(block.u[kept], values)
-    store(state, block, kept, wire.decode_values(raw, values), seed, round)
+    coded = code_values(block.u[kept], kept, g.size, values)
+    store(state, block, kept, coded.sent, seed, round)
     if tau is not None:
         tau[:] = last
     return wire_writer.build(
         kept,
-        raw,
+        coded.raw,
         numel=g.size,
         values=values,
         index=index,
+        scales=coded.scales,
         round=round,
         seed=seed,
         tensors=tensors,

@@ -45,9 +45,10 @@ CODEC_NAMES = (
     "ternary",
     "rotated",
 )
-MINIFLOAT_BITS = {1: 8, 2: 8, 3: 6, 4: 6, 5: 4, 6: 8, 7: 4, 8: 4}
-"""Bits by form: 1 e4m3, 2 e5m2, 3 e3m2, 4 e2m3, 5 e2m1, 6 int8 (64ths), 7, 8 codebooks of 16."""
-MINIFLOAT_EMAX = {1: 8, 2: 15, 3: 4, 4: 2, 5: 2, 6: 0, 7: 0, 8: 0}
+MINIFLOAT_BITS = {1: 8, 2: 8, 3: 6, 4: 6, 5: 4, 6: 8, 7: 4}
+"""Bits by form: 1 e4m3, 2 e5m2, 3 e3m2, 4 e2m3, 5 e2m1, 6 int8 (64ths), 7 the codebook nf4."""
+MINIFLOAT_EMAX = {1: 8, 2: 15, 3: 4, 4: 2, 5: 2, 6: 0, 7: 0}
+MINIFLOAT_LARGEST = {1: 448.0, 2: 57344.0, 3: 28.0, 4: 7.5, 5: 6.0, 6: 127 / 64, 7: 1.0}
 LARGEST = 3.402823e38  # a little less than the largest float32
 
 
@@ -162,7 +163,7 @@ def _reach(h: Header) -> float:
     return {
         "uniform": float(1 << max(h.bits - 1, 0)),
         "affine": float((1 << h.bits) - 1),
-        "minifloat": float(2 << MINIFLOAT_EMAX.get(h.form, 0)),
+        "minifloat": MINIFLOAT_LARGEST.get(h.form, 1.0),
         "ternary": 2.0,
         "rotated": 4.0 * h.tile,
     }.get(h.codec, 1.0)

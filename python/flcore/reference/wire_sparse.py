@@ -1,4 +1,4 @@
-"""Sparse packets: tile counts, indices, values. Rules and layout."""
+"""Sparse packets: scales, tile counts, indices, values. Rules and layout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flcore.reference import indices as coded
+from flcore.reference import permutation
 from flcore.reference.wire_frame import (
     COUNTS,
+    INDEX_NAMES,
     INDICES,
+    SCALES,
     TENSOR_BYTES,
     TENSORS,
     TILE,
@@ -25,10 +29,24 @@ from flcore.reference.wire_frame import (
     need,
 )
 
-__all__ = ["INDEX_CODINGS", "RULES", "VALUE_DTYPES", "SparseBody", "sections", "tiles"]
+__all__ = [
+    "INDEX_CODINGS",
+    "LARGEST",
+    "RULES",
+    "VALUE_DTYPES",
+    "SparseBody",
+    "index_section",
+    "sections",
+    "smallest",
+    "tiles",
+    "values_of",
+]
 
-INDEX_CODINGS = {"bitmask": 1, "tile16": 2}
-VALUE_DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3}
+INDEX_CODINGS = {"bitmask": 1, "tile16": 2, "bitpack": 3, "rice": 4}
+"""Codings of coordinates that are in the packet; 0 is "seeded": they follow from the seed."""
+VALUE_DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "int8": 4}
+LARGEST = 3.402823e38
+"""No code may decode to more."""
 
 
 class SparseBody(NamedTuple):
@@ -49,22 +67,59 @@ def tiles(numel: int) -> int:
     return -(-numel // TILE)
 
 
-def sections(numel: int, k: int, index: str, value_bytes: int, tensor_bytes: int):
-    """Type, element bytes and length of each section, in the order they are written."""
-    index_length = 2 * k if index == "tile16" else -(-numel // 8)
-    sections = [
-        (COUNTS, 4, 4 * tiles(numel)),
-        (INDICES, 2 if index == "tile16" else 1, index_length),
-        (VALUES, value_bytes, value_bytes * k),
+def sections(
+    numel: int, k: int, index: str, values: str, tensor_bytes: int, coded_bytes: int = 0
+) -> list[tuple[int, int, int]]:
+    """Type, element bytes and length of each section, in the order they are written.
+
+    `coded_bytes`: length of the indices where it depends on them ("bitpack" and "rice").
+    """
+    per_tile, size = 4 * tiles(numel), VALUE_BYTES[VALUE_CODES[values]]
+    lengths = {"seeded": 0, "bitmask": -(-numel // 8), "tile16": 2 * k}
+    wanted = [
+        (SCALES, 4, per_tile),
+        (COUNTS, 4, per_tile),
+        (INDICES, 2 if index == "tile16" else 1, lengths.get(index, coded_bytes)),
+        (VALUES, size, size * k),
+        (TENSORS, TENSOR_BYTES, tensor_bytes),
     ]
-    if tensor_bytes:
-        sections.append((TENSORS, TENSOR_BYTES, tensor_bytes))
-    return sections
+    absent = {SCALES} if values != "int8" else set()
+    absent |= {INDICES} if index == "seeded" else set()
+    absent |= set() if tensor_bytes else {TENSORS}
+    return [section for section in wanted if section[0] not in absent]
+
+
+def index_section(indices: np.ndarray, counts: np.ndarray, numel: int, index: str) -> bytes:
+    """Return the section that holds the coordinates `indices`; nothing when they are seeded."""
+    local = indices % TILE
+    if index == "tile16":
+        return local.astype("<u2").tobytes()
+    if index == "bitmask":
+        mask = np.zeros(numel, dtype=bool)
+        mask[indices] = True
+        return np.packbits(mask, bitorder="little").tobytes()
+    return b"" if index == "seeded" else coded.encode(counts, local, index)
+
+
+def smallest(indices: np.ndarray, counts: np.ndarray, numel: int) -> str:
+    """Return the index coding of fewest bytes; of equal ones tile16, then bitmask, then bitpack."""
+    order = ("tile16", "bitmask", "bitpack", "rice")
+    return min(order, key=lambda index: len(index_section(indices, counts, numel, index)))
+
+
+def values_of(raw: np.ndarray, values: str, counts: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the float32 numbers that bit patterns stand for; int8 ones times their tile's scale."""
+    if values != "int8":
+        return decode_values(raw, values)
+    return np.repeat(scales, counts) * raw.astype(np.uint8).view(np.int8).astype(np.float32)
+
+
+# ---- rules -----------------------------------------------------------------------------------
 
 
 def _check_header(header: Header) -> None:
     name_of(VALUE_DTYPES, VALUE_CODES[header.value_dtype], "value dtype")
-    name_of(INDEX_CODINGS, header.form, "index coding")
+    name_of({name: code for code, name in INDEX_NAMES.items()}, header.form, "index coding")
     want = 8 * VALUE_BYTES[VALUE_DTYPES[header.value_dtype]]
     need(
         header.bits == want,
@@ -74,22 +129,48 @@ def _check_header(header: Header) -> None:
 
 
 def _elements(header: Header) -> dict[int, int]:
-    return {COUNTS: 4, INDICES: 2 if header.index == "tile16" else 1, VALUES: header.bits // 8}
+    kinds = sections(1, 1, header.index, header.value_dtype, 0)
+    return {kind: element for kind, element, _ in kinds}
 
 
 def _check_lengths(parts: Parts) -> None:
-    numel = parts.header.numel
-    for kind, what in ((COUNTS, "tile counts"), (INDICES, "indices"), (VALUES, "values")):
-        parts.need(kind, what)
-    value_bytes = parts.header.bits // 8
-    k = parts.length(VALUES) // value_bytes
+    header, numel = parts.header, parts.header.numel
+    parts.need(VALUES, "values")
+    k = parts.length(VALUES) // (header.bits // 8)
     need(k <= numel, f"holds {k} values for {numel} coordinates")
-    for kind, _, length in sections(numel, k, parts.header.index, value_bytes, 0):
+    words = {SCALES: "scales", COUNTS: "tile counts", INDICES: "indices", VALUES: "values"}
+    free = parts.length(INDICES)  # the length of coded indices follows from their contents
+    for kind, _, length in sections(numel, k, header.index, header.value_dtype, 0, free):
+        parts.need(kind, words[kind])
         need(
             parts.length(kind) == length,
             f"section type {kind}: expected {length} bytes for {k} of {numel} coordinates, "
             f"got {parts.length(kind)}",
         )
+
+
+def _indices(parts: Parts, counts: np.ndarray, k: int) -> np.ndarray:
+    header, numel = parts.header, parts.header.numel
+    first = np.repeat(TILE * np.arange(counts.size, dtype=np.int64), counts)
+    if header.index == "tile16":
+        local = parts.view(INDICES, "<u2").astype(np.int64)
+        same_tile = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
+        need(bool(np.all(np.diff(local)[same_tile] > 0)), "the indices of a tile do not increase")
+        need(bool(np.all(local + first < numel)), f"an index is not below {numel}")
+        return local + first
+    if header.index in coded.CODINGS:
+        section = parts.view(INDICES, "u1").tobytes()
+        return coded.decode(section, counts, numel, header.index) + first
+    if header.index == "seeded":
+        indices = permutation.coordinates(numel, k, header.seed, header.round)
+        words = "the tile counts are not those that the seed gives"
+    else:
+        bits = np.unpackbits(parts.view(INDICES, "u1"), bitorder="little")
+        need(not bits[numel:].any(), "a pad bit of the bitmask is set")
+        indices = np.flatnonzero(bits)
+        words = "the bitmask does not match the tile counts"
+    need(np.array_equal(np.bincount(indices // TILE, minlength=counts.size), counts), words)
+    return indices
 
 
 def _contents(parts: Parts, tensors: tuple[TensorEntry, ...]) -> SparseBody:
@@ -99,21 +180,21 @@ def _contents(parts: Parts, tensors: tuple[TensorEntry, ...]) -> SparseBody:
     lengths = np.minimum(TILE, numel - TILE * np.arange(counts.size, dtype=np.int64))
     need(bool(np.all(counts <= lengths)), "a tile count exceeds the coordinates of its tile")
     need(int(counts.sum()) == k, f"the tile counts sum to {counts.sum()}, there are {k} values")
-    if header.index == "tile16":
-        local = parts.view(INDICES, "<u2").astype(np.int64)
-        indices = local + np.repeat(TILE * np.arange(counts.size, dtype=np.int64), counts)
-        same_tile = np.diff(np.repeat(np.arange(counts.size), counts)) == 0
-        need(bool(np.all(np.diff(local)[same_tile] > 0)), "the indices of a tile do not increase")
-        need(bool(np.all(indices < numel)), f"an index is not below {numel}")
-    else:
-        bits = np.unpackbits(parts.view(INDICES, "u1"), bitorder="little")
-        need(not bits[numel:].any(), "a pad bit of the bitmask is set")
-        indices = np.flatnonzero(bits)
-        per_tile = np.bincount(indices // TILE, minlength=counts.size)
-        need(bool(np.array_equal(per_tile, counts)), "the bitmask does not match the tile counts")
+    indices = _indices(parts, counts, k)
     raw = parts.view(VALUES, f"<u{header.bits // 8}")
-    need(all_finite(raw, VALUE_DTYPES[header.value_dtype]), "a value is not finite")
-    return SparseBody(indices, decode_values(raw, header.value_dtype), counts, tensors)
+    scales = np.ones(counts.size, np.float32)
+    if header.value_dtype == "int8":
+        scales = parts.view(SCALES, "<f4")
+        for t in range(scales.size):
+            need(
+                not np.signbit(scales[t]) and 127 * float(scales[t]) <= LARGEST,
+                f"tile {t}: a scale is negative, not finite or too large",
+            )
+        need(not np.any(raw == 0x80), "a value is -128, which is not used")
+    else:
+        need(all_finite(raw, VALUE_DTYPES[header.value_dtype]), "a value is not finite")
+    values = values_of(raw, header.value_dtype, counts, scales)
+    return SparseBody(indices, values, counts, tensors)
 
 
 RULES = Rules(_check_header, _elements, _check_lengths, _contents)

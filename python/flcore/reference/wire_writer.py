@@ -47,9 +47,16 @@ def pack_tensors(names: list[str], shapes: list[tuple[int, ...]]) -> bytes:
 
 
 def packet_nbytes(numel: int, k: int, index: str, values: str, tensors: int = 0) -> int:
-    """Return the bytes of a sparse packet: `k` of `numel` coordinates, `tensors` table rows."""
-    value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
-    sections = wire_sparse.sections(numel, k, index, value_bytes, tensors * wire.TENSOR_BYTES)
+    """Return the bytes of a sparse packet: `k` of `numel` coordinates, `tensors` table rows.
+
+    Where they depend on the coordinates, the most that they can be: "bitpack" takes at most 16 bits
+    an index and a byte for 128, "rice" 24 bits and 3 bytes a tile, "smallest" as many as "tile16".
+    """
+    rows = wire_sparse.tiles(numel)
+    most = {"bitpack": rows + k // 128 + 2 * k, "rice": 3 * rows + min(3 * k, rows * TILE // 8)}
+    index, coded = "tile16" if index == "smallest" else index, most.get(index, 0)
+    table = tensors * wire.TENSOR_BYTES
+    sections = wire_sparse.sections(numel, k, index, values, table, coded)
     end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
     for _, _, length in sections:
         end = wire.align(end) + length
@@ -109,6 +116,7 @@ def build(
     numel: int,
     values: str,
     index: str,
+    scales: np.ndarray | None = None,
     tensors: bytes = b"",
     **fields: Any,
 ) -> bytes:
@@ -117,34 +125,37 @@ def build(
     Parameters
     ----------
     indices : (k,) integers, strictly increasing, below `numel`
-    raw_values : (k,) uint32 or uint16
+    raw_values : (k,) uint32, uint16 or uint8
         Bit patterns of the values in the dtype that `values` names.
+    index : {"bitmask", "tile16", "bitpack", "rice", "smallest", "seeded"}
+        Seeded: the `indices` must be those that seed and round of the header give.
+    scales : (tiles,) float32, optional
+        With int8 values: what the codes of each tile multiply.
     tensors : bytes
         A table of :func:`pack_tensors`, or nothing.
     fields
         Header fields of :func:`frame`.
     """
-    value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
     indices = np.asarray(indices, dtype=np.int64)
-    counts = np.bincount(indices // TILE, minlength=wire_sparse.tiles(numel)).astype("<u4")
-    if index == "tile16":
-        coded = (indices % TILE).astype("<u2").tobytes()
-    else:
-        mask = np.zeros(numel, dtype=bool)
-        mask[indices] = True
-        coded = np.packbits(mask, bitorder="little").tobytes()
+    counts = np.bincount(indices // TILE, minlength=wire_sparse.tiles(numel))
+    if index == "smallest":
+        index = wire_sparse.smallest(indices, counts, numel)
+    coded = wire_sparse.index_section(indices, counts, numel, index)
+    value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
     bodies = {
-        wire.COUNTS: counts.tobytes(),
+        wire.SCALES: b"" if scales is None else scales.astype("<f4").tobytes(),
+        wire.COUNTS: counts.astype("<u4").tobytes(),
         wire.INDICES: coded,
         wire.VALUES: raw_values.astype(f"<u{value_bytes}").tobytes(),
     }
-    sections = wire_sparse.sections(numel, indices.size, index, value_bytes, 0)
+    sections = wire_sparse.sections(numel, indices.size, index, values, 0, len(coded))
+    codes = {name: code for code, name in wire.INDEX_NAMES.items()}
     return frame(
         [(kind, element, bodies[kind]) for kind, element, _ in sections],
         codec="sparse",
         numel=numel,
         values=values,
-        form=wire_sparse.INDEX_CODINGS[index],
+        form=codes[index],
         bits=8 * value_bytes,
         tile=TILE,
         tensors=tensors,
