@@ -15,7 +15,8 @@ struct Support {
   std::vector<uint16_t> local;   // [entries] index in the tile, increasing
 };
 
-// k of numel coordinates, 0 <= k <= numel <= 2^48; memory: 10 bytes for each of min(k, numel - k).
+// k of numel coordinates, 0 <= k <= numel <= 2^48; memory: 10 bytes for each of min(k, numel - k)
+// and 24 for each tile.
 Support random_support(int64_t numel, int64_t k, uint64_t seed, uint64_t round, int threads);
 
 // scale * u at the k coordinates that seed and round of the packet's header give, and the new state.

@@ -144,7 +144,7 @@ bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
     if (cut == 0) return false;
     for (size_t l = 0; l + 1 < b.lane.size(); ++l) {
       // a lane never needs more room than all candidates that the segment may have
-      int64_t left = 4 * k + FEW;
+      int64_t left = std::max(4 * k, (end - begin) / 8) + FEW;
       for (int64_t p = std::max(b.lane[l], r.first); p < std::min(b.lane[l + 1], r.last); ++p) {
         b.cut[size_t(p)] = cut;
         left -= room[size_t(p)] = std::min(b.length(p), left);

@@ -38,6 +38,7 @@ LANES = tl.constexpr(16)  # of a float64 sum
 MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)  # ROUND_MAGIC in codes.h
 TWO_23, TWO_23_BITS = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
 WIRE_LARGEST = tl.constexpr(3.402823e38)
+TINY = tl.constexpr(2.0**-126)
 # what is summed over a bucket
 MAGNITUDES, SQUARES, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -154,8 +155,8 @@ def lane_sum(
 
 @triton.jit
 def wire_scale(x, limit, S: tl.constexpr):
-    """Return x >= 0 as it is read from the wire: bfloat16 (S) is rounded up; never above limit."""
-    x = tl.minimum(x, limit)
+    """Return x >= 0 as it is read from the wire: 0 or normal, bfloat16 (S) rounded up, up to limit."""
+    x = tl.minimum(tl.where(x > 0, tl.maximum(x, TINY), x), limit)
     if S == BF16:
         up = (bits_of(x) + 0xFFFF) & -65536
         x = float_of(tl.where(up > bits_of(limit), up - 0x10000, up))
@@ -216,7 +217,7 @@ def cast_float(
     e = tl.maximum(bits_of(y), least) & 0x7F800000
     if FORM == INT8:
         e = e * 0 + least
-    z = y * float_of(((254 + MANTISSA) << 23) - e)
+    z = y * float_of((127 << 23) - e + ((127 + MANTISSA) << 23))
     if STOCHASTIC:
         k = (z + (random.to(tl.float32) + 0.5) * 1.52587890625e-05).to(tl.int32)
     else:
@@ -265,10 +266,12 @@ def store_codes(
 
 
 @triton.jit
-def affine_scales(u, inside, steps: tl.constexpr, LIMIT: tl.constexpr, S: tl.constexpr):
+def affine_scales(u, inside, n, steps: tl.constexpr, LIMIT: tl.constexpr, S: tl.constexpr):
     """Return lo and unit of each bucket as they are read from the wire, [ROWS, 1] float32."""
-    least = tl.min(tl.where(inside, u, float("inf")), axis=1)[:, None] + 0.0
+    least = tl.min(tl.where(inside, u, float("inf")), axis=1)[:, None]
     high = tl.max(tl.where(inside, u, float("-inf")), axis=1)[:, None]
+    least = tl.where(n > 0, least, 0.0) + 0.0  # -0 and 0 are equal: which was met must not show
+    high = tl.where(n > 0, high, 0.0)
     one: tl.constexpr = 3.4028228579130005e38  # the largest float32 up to WIRE_LARGEST
     limit = tl.zeros_like(least) + one
     if S == BF16:

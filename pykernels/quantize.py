@@ -43,7 +43,7 @@ from flcore.pykernels.codes import (
 
 __all__ = ["encode"]
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}  # a product is rounded before it is added
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def quantize_kernel(
                 u, scale, inverse, random, BITS, FORM, MANTISSA, EMIN, TOP, LARGEST, STOCHASTIC
             )
         elif CODEC == AFFINE:
-            low, unit = affine_scales(u, inside, LEVELS, LIMIT, S)
+            low, unit = affine_scales(u, inside, n, LEVELS, LIMIT, S)
             store_scale(scales_ptr, 2 * row, low, here, S)
             store_scale(scales_ptr, 2 * row + 1, unit, here, S)
             value = to_grid(u - low, unit, random, LEAST, LEVELS, STOCHASTIC)
@@ -178,5 +178,6 @@ def encode(
             CHECK=check,
             **constants,
             **OPTIONS,
+            num_warps=min(16, max(4, constants["ROWS"] * constants["BLOCK"] // 512)),
         )
     return not flags.item()

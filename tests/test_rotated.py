@@ -44,29 +44,7 @@ def random_state(kept: str, numel: int, seed: int, mask: bool = False) -> State:
     return State(**buffers, a=0.5, b=0.9, p=0.3, q=0.7, mask=mask)
 
 
-# ---- the transform -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32, 64])
-def test_transform_is_the_hadamard_matrix(m, rng):
-    matrix = np.array([[1]], np.int64)  # Sylvester's construction
-    while len(matrix) < m:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    x = rng.integers(-1000, 1000, (3, m))
-    assert np.array_equal(h.hadamard(x), x @ matrix)
-    scipy = pytest.importorskip("scipy.linalg")
-    assert np.array_equal(matrix, scipy.hadamard(m))
-
-
-@pytest.mark.parametrize("m", [2, 256, 512, 4096])
-def test_transform_is_its_own_inverse_and_keeps_the_norm(m, rng):
-    x = rng.standard_normal(m).astype(np.float32)
-    z = h.hadamard(x) * h.norm(m)
-    np.testing.assert_allclose(np.linalg.norm(z), np.linalg.norm(x), rtol=1e-6)
-    np.testing.assert_allclose(h.hadamard(z) * h.norm(m), x, atol=2e-6)
-    first = h.hadamard(np.eye(1, m, dtype=np.float32)[0]) * h.norm(m)
-    assert (first == np.float32(m**-0.5)).all()
-    assert abs(float(h.norm(m)) - m**-0.5) < 2**-24 * m**-0.5
+# ---- worked example -----------------------------------------------------------------------------
 
 
 def test_worked_example():

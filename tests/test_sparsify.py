@@ -136,11 +136,12 @@ def test_adversarial_inputs(name, share):
 # ---- every size, state and type ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("state", STATES)
+# larger ones of every state: tests/test_carried_threshold.py
+GRID = [(n, s) for n in SIZES for s in STATES if n <= 4097 or s in ("none", "econtrol")]
+
+
+@pytest.mark.parametrize(("numel", "state"), GRID)
 def test_equals_the_reference(numel, state, rng):
-    if numel > 4097 and state not in ("none", "econtrol"):
-        pytest.skip("larger ones: tests/test_carried_threshold.py")
     g = rng.standard_normal(numel).astype(np.float32)
     for i, k in enumerate(sorted({1, -(-numel // 100), max(1, numel - 1), numel})):
         options = {"values": VALUES[i % 3], "index": ("tile16", "bitmask")[i % 2]}

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from flcore import _arrays, _native, _variants
-from flcore.errors import DTypeError, InvalidInputError
+from flcore.aggregation import MajorityVote
+from flcore.compression import Packet
+from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.ops.decode import ParsedPacket, decode
 from flcore.ops.vote import FORMS, vote, vote_packet
 from flcore.reference import wire_frame as wire
 from flcore.reference import wire_writer
-from support import outputs_per_level
+from support import HAS_TORCH, outputs_per_level
 
 VARIANTS = list(_variants.available("vote"))
 
@@ -264,3 +266,87 @@ def test_errors_name_the_argument():
     for scale in (-1.0, np.nan, np.inf, 1e39):
         with pytest.raises(InvalidInputError, match="scale: expected a finite number >= 0"):
             vote_packet(packets, scale=scale)
+
+
+# ---- the rule ----------------------------------------------------------------------------------
+
+
+def test_rule_on_updates_and_on_their_packets():
+    rng = np.random.default_rng(0)
+    updates = list(np.float32(rng.integers(-3, 4, (6, 700))))
+    signs = [np.where(u < 0, -1, 1) for u in updates]  # the sign of 0 is +1
+    expected = np.float32(np.sign(np.sum(signs, axis=0)))
+    packets = [sign_packet(u < 0, 100, scale=5.0) for u in updates]
+    rule = MajorityVote()
+    np.testing.assert_array_equal(rule(updates), expected)
+    np.testing.assert_array_equal(rule(np.stack(updates)), expected)
+    np.testing.assert_array_equal(rule(packets), expected)
+    np.testing.assert_array_equal(
+        rule([bytes(p.to_numpy()) for p in map(as_packet, packets)]), expected
+    )
+    weights = [1, 2, 3, 4, 5, 6.5]
+    expected = np.float32(np.sign(np.einsum("i,ij->j", weights, signs)))
+    np.testing.assert_array_equal(rule(updates, weights), expected)
+    np.testing.assert_array_equal(MajorityVote(scale=0.25)(packets, weights), 0.25 * expected)
+
+
+def as_packet(parsed: ParsedPacket) -> Packet:
+    return Packet(parsed._buffer, trusted=True)
+
+
+def test_rule_keeps_structure_and_dtype():
+    rng = np.random.default_rng(1)
+    rows = [
+        {"a": rng.standard_normal((3, 5)), "b": np.float16(rng.standard_normal(7))} for _ in "123"
+    ]
+    got = MajorityVote()(rows)
+    for name in ("a", "b"):
+        assert got[name].dtype == rows[0][name].dtype
+        expected = np.sign(sum(np.sign(row[name]) for row in rows))
+        np.testing.assert_array_equal(got[name], expected)
+    packets = [sign_packet(np.concatenate([row["a"].ravel(), row["b"]]) < 0) for row in rows]
+    again = MajorityVote()(packets, like=rows[0])
+    out = {"a": np.zeros((3, 5)), "b": np.zeros(7, np.float16)}
+    assert MajorityVote()(packets, like=rows[0], out=out) is out
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(again[name], got[name])
+        np.testing.assert_array_equal(out[name], got[name])
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+def test_rule_takes_torch():
+    import torch
+
+    rows = [torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16) * s for s in (1, 1, -1)]
+    got = MajorityVote()(rows)
+    assert got.dtype == torch.bfloat16 and got.tolist() == [1, -1, 1]
+
+
+def test_rule_makes_the_packet_for_the_way_down():
+    packets = [sign_packet(row) for row in random_bits(4, 999)]
+    down = MajorityVote(scale=2.0).packet(packets, round=3)
+    assert isinstance(down, Packet) and down.header.round == 3
+    np.testing.assert_array_equal(decode(down), np.where(vote(packets) < 0, -2, 2))
+    assert Packet.from_bytes(bytes(down)) == down
+
+
+def test_rule_on_values_that_are_not_finite():
+    rows = [np.float32([1, -1]), np.float32([np.nan, -np.inf]), np.float32([-1, 1])]
+    with pytest.raises(NonFiniteError, match=r"updates\[1\]: NaN or infinity"):
+        MajorityVote()(rows)
+    got = MajorityVote(nonfinite="propagate")(rows)
+    np.testing.assert_array_equal(got, np.float32([1, -1]))
+
+
+def test_rule_errors():
+    for scale in (0, -1.0, np.nan, 1e39):
+        with pytest.raises(InvalidInputError, match="scale: expected"):
+            MajorityVote(scale=scale)
+    with pytest.raises(InvalidInputError, match="nonfinite: expected one of"):
+        MajorityVote(nonfinite="exclude")
+    with pytest.raises(InvalidInputError, match=r"packets\[0\]: expected the codec sign"):
+        MajorityVote()([sparse_packet(10)])
+    with pytest.raises(InvalidInputError, match="updates: expected at least one"):
+        MajorityVote()([])
+    with pytest.raises(InvalidInputError, match="like: goes with packets"):
+        MajorityVote()([np.zeros(3)], like=np.zeros(3))

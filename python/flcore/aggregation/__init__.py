@@ -26,6 +26,7 @@ from flcore.aggregation._decision import Diagnosis
 from flcore.aggregation._fedram import FedRAM
 from flcore.aggregation._geometric_median import GeometricMedian
 from flcore.aggregation._krum import Krum, MultiKrum
+from flcore.aggregation._majority_vote import MajorityVote
 from flcore.aggregation._mean import Mean
 from flcore.aggregation._nova import FedNova, NovaSteps, nova_normalizer, nova_weights
 from flcore.aggregation._participation import ParticipationWeights, fedau_step
@@ -75,6 +76,7 @@ __all__ = [
     "JobSchedule",
     "Krum",
     "MSGCSchedule",
+    "MajorityVote",
     "MeaMed",
     "Mean",
     "Median",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flcore.bench import compression_peers as peers
+from flcore.bench import rotated
 from flcore.bench.cases import Case, Setup, Workload, difference
 from flcore.bench.timers import Contestant
 
@@ -164,4 +165,5 @@ CASES = [
         note="Packets and sum stay in cache, the dense updates of `weights @ stacked` do not. "
         "The index-wise peers start from decoded arrays: reading packets costs them nothing.",
     ),
+    *rotated.CASES,
 ]

@@ -13,6 +13,12 @@ from flcore.compression._randk import RandK
 from flcore.compression._reader import PacketReader, split
 from flcore.compression._rotated import Rotated
 from flcore.compression._settings import from_text
+from flcore.compression._should_compress import (
+    Costs,
+    Prediction,
+    measure_costs,
+    should_compress,
+)
 from flcore.compression._sketch import FetchSGD, Sketch, SketchStep, sum_sketches
 from flcore.compression._thc import THC, agree_norms, decode_sum, thc_sum
 from flcore.compression._threshold import Threshold
@@ -61,6 +67,7 @@ __all__ = [
     "AbsMax",
     "Affine",
     "ControlledSum",
+    "Costs",
     "Dense",
     "Downlink",
     "EControl",
@@ -78,6 +85,7 @@ __all__ = [
     "PacketReader",
     "PowerSGD",
     "PowerSGDClient",
+    "Prediction",
     "RandK",
     "Replica",
     "Rotated",
@@ -94,7 +102,9 @@ __all__ = [
     "decode_add",
     "decode_sum",
     "from_text",
+    "measure_costs",
     "peek",
+    "should_compress",
     "split",
     "sum_sketches",
     "thc_sum",

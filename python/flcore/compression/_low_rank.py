@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -101,6 +101,10 @@ class LowRank(Codec):
         diverged at 3 ``rank / 30``; smaller values only forget old errors more slowly.
         """
         return min(1.0, self.rank / max(1, numel) ** 0.5)
+
+    def needs_spares(self, memory: Mapping[str, Any]) -> bool:
+        """Return False: a state is written only after two reads of the whole update."""
+        return False
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet; see `Codec.encode`. The factor Q and the packets so far are kept."""

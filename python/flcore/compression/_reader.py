@@ -108,7 +108,7 @@ class PacketReader:
             self._error = error
             self._buffer, self._held = np.empty(0, np.uint8), 0
             raise
-        return memoryview(data) if rest else None
+        return _view(data) if rest else None
 
     def _take(self, data: np.ndarray) -> int:
         count = min(int(data.size), self.missing)
@@ -170,8 +170,12 @@ def split(packet: Any, max_bytes: int) -> Iterator[memoryview]:
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
         raise InvalidInputError(f"max_bytes: expected a positive integer, got {max_bytes!r}")
     data = packet.to_numpy() if isinstance(packet, Packet) else _bytes_view(packet, "packet")
-    view = memoryview(data)
+    view = _view(data)
     return (view[at : at + max_bytes] for at in range(0, len(view), max_bytes))
+
+
+def _view(data: np.ndarray) -> memoryview:
+    return memoryview(data)  # type: ignore[arg-type]
 
 
 def _bytes_view(chunk: Any, name: str = "chunk") -> np.ndarray:

@@ -17,7 +17,7 @@ from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
 from flcore.ops.decode import ParsedPacket, decode_into
 from flcore.reference import wire_frame as wire
 
-__all__ = ["PacketRows", "by_reference", "holds_packets", "packet_rows"]
+__all__ = ["PacketRows", "by_reference", "holds_packets", "packet_rows", "sign_packet"]
 
 Bytes = bytes | bytearray | memoryview
 
@@ -159,22 +159,39 @@ def _kind(x: Any) -> str:
 
 def _raw_packet(values: np.ndarray) -> ParsedPacket:
     """Return a packet of codec dense that holds finite float32 values as they are."""
+    return _packet("dense", 32, values.size, [(wire.CODES, 1, values.view(np.uint8))])
+
+
+def sign_packet(layers: Sequence[View]) -> ParsedPacket:
+    """Return a packet of codec sign with the signs of an update on the CPU, of scale 1."""
+    bits = [np.asarray(v.array < 0).reshape(-1) for v in layers]
+    negative = np.concatenate(bits) if bits else np.empty(0, bool)
+    scales = np.ones(-(-negative.size // wire.MAX_BUCKET), "<f4").view(np.uint8)
+    codes = np.packbits(negative, bitorder="little")
+    sections = [(wire.SCALES, 4, scales), (wire.CODES, 1, codes)]
+    return _packet("sign", 1, negative.size, sections)
+
+
+def _packet(
+    codec: str, bits: int, numel: int, sections: Sequence[tuple[int, int, np.ndarray]]
+) -> ParsedPacket:
     frame = _native.core.PacketFrame(
-        codec=wire.CODECS["dense"],
-        numel=values.size,
+        codec=wire.CODECS[codec],
+        numel=numel,
         value_dtype=wire.VALUE_CODES["float32"],
         form=0,
-        bits=32,
+        bits=bits,
         tile=wire.MAX_BUCKET,
         source_dtype=wire.SOURCE_DTYPES["float32"],
         flags=0,
         round=0,
         seed=0,
         epoch=0,
-        sections=[(wire.CODES, 1, values.nbytes)],
+        sections=[(kind, element, body.size) for kind, element, body in sections],
     )
     data = np.empty(frame.nbytes, np.uint8)
-    data[frame.offset(wire.CODES) :][: values.nbytes].view(np.float32)[:] = values
+    for kind, _, body in sections:
+        data[frame.offset(kind) :][: body.size] = body
     frame.seal(_arrays.address(data))
     return ParsedPacket(data, trusted=True)
 

@@ -120,6 +120,9 @@ def quantize(
     _encode.check_header(**fields, tensors=tensors)
     if rounding not in ("nearest", "stochastic"):
         raise InvalidInputError(f"rounding: expected nearest or stochastic, got {rounding!r}")
+    for name, x, most in (("bits", bits, 32), ("form", form, 255), ("bucket", bucket, 65_536)):
+        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x <= most:
+            raise InvalidInputError(f"{name}: expected an integer up to {most}, got {x!r}")
     settings = Settings(
         codec=codec,
         bits=bits,
@@ -192,9 +195,6 @@ def _check_settings(s: Settings, numel: int) -> None:
         raise InvalidInputError(
             f"values: expected one of {', '.join(wire_frame.VALUE_CODES)}, got {s.values!r}"
         )
-    for name, x, most in (("bits", s.bits, 32), ("form", s.form, 255), ("bucket", s.bucket, 65536)):
-        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x <= most:
-            raise InvalidInputError(f"{name}: expected an integer up to {most}, got {x!r}")
     header = wire.Header(
         codec=s.codec,
         numel=numel,

@@ -1,4 +1,4 @@
-"""Random coordinates with feedback, from an update to a packet: validation and choice of variant."""
+"""Random coordinates with feedback, from an update to a packet: checks and choice of variant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flcore.ops._encode import check_header, flat_float32, nonfinite_error, sour
 from flcore.reference import permutation, wire, wire_writer
 from flcore.reference import randk as reference
 
-__all__ = ["random_coordinates", "randk"]
+__all__ = ["randk", "random_coordinates"]
 
 
 def random_coordinates(
@@ -25,7 +25,8 @@ def random_coordinates(
     """Return k of `numel` coordinates, the same wherever seed and round are the same.
 
     Without replacement: the first k images below `numel` of a permutation keyed by (seed, round),
-    sorted. docs/packet.md has the permutation. Memory: 10 bytes for each of min(k, numel - k).
+    sorted. docs/packet.md has the permutation. Memory: 10 bytes for each of min(k, numel - k),
+    and 24 for each tile of 65,536 coordinates.
 
     Parameters
     ----------

@@ -385,10 +385,9 @@ def _mean_reference(
     return reference.decode(sums, grid, numel, block, total, seed=seed, round=round)
 
 
-for _op, _functions in (
-    ("block_norms", (_norms_cpu, _norms_reference)),
-    ("thc", (_thc_cpu, _thc_reference)),
-    ("thc_mean", (_mean_cpu, _mean_reference)),
-):
-    for _name, _function in zip(("cpu", "reference"), _functions, strict=True):
-        _variants.add(_op, _name, lambda f=_function: f, _variants.cpu_only)
+_variants.add("block_norms", "cpu", lambda: _norms_cpu, _variants.cpu_only)
+_variants.add("block_norms", "reference", lambda: _norms_reference, _variants.cpu_only)
+_variants.add("thc", "cpu", lambda: _thc_cpu, _variants.cpu_only)
+_variants.add("thc", "reference", lambda: _thc_reference, _variants.cpu_only)
+_variants.add("thc_mean", "cpu", lambda: _mean_cpu, _variants.cpu_only)
+_variants.add("thc_mean", "reference", lambda: _mean_reference, _variants.cpu_only)

@@ -4,7 +4,7 @@ All clients share the signs S of the rotation, the norms l of the blocks (the la
 clients'), the clip t and a table T of 2**b integers from 0 to g::
 
     z = m**-1/2 Had(S x)      p = (z m**1/2 / l) g / (2 t) + g / 2, cut to 0 .. g
-    code j or j + 1 where T_j <= p < T_{j+1}, the second with probability (p - T_j) / (T_{j+1} - T_j)
+    code j or j + 1 where T_j <= p < T_{j+1}, at random so that the mean of T is p
     D = S Had(2 T - g) t l / (g m)
 
 With one norm for all blocks, ``l (d / m)**-1/2`` takes the place of l. ``Had(2 T - g)`` is a vector
@@ -97,7 +97,7 @@ def down(l: np.float32, clip: np.float32, g: int, m: int, total: int) -> float: 
     return float(clip) * float(l) / (float(g) * float(m) * _root(m, total))
 
 
-# ---- one block after another ----------------------------------------------------------------------
+# ---- one block after another -------------------------------------------------------------------
 
 
 def _blocks(numel: int, block: int) -> list[tuple[slice, int]]:
@@ -219,8 +219,7 @@ def quantize(
     form = feedback.form(g, state or State())
     if not form.finite:
         return None
-    options = {"seed": seed, "round": round}
-    codes = encode_update(form.u, grid, bits, block, client=client, **options)
+    codes = encode_update(form.u, grid, bits, block, seed=seed, round=round, client=client)
     numbers = np.concatenate([[grid.clip], grid.norms]).astype("<f4")
     packet = wire_writer.frame(
         [
@@ -234,7 +233,8 @@ def quantize(
         form=int(grid.shared),
         bits=bits,
         tile=block,
-        **options,
+        seed=seed,
+        round=round,
         **fields,
     )
     if state is not None:

@@ -1,12 +1,12 @@
 """Coordinates of sparse packets in few bits: the definition in Python.
 
-Within a tile of 65,536 coordinates the gaps ``i_j - i_{j-1} - 1`` (with ``i_{-1} = -1``) are written.
+Within a tile of 65,536 coordinates the gaps ``i_j - i_{j-1} - 1`` are written, ``i_{-1} = -1``.
 
 - ``bitpack``: a byte for each group of 128 gaps, the bits of its largest gap; then the groups, tile
   after tile, each from a byte on, its gaps little-endian at that width.
-- ``rice``: for each tile two bytes (little-endian) that say how many bytes it takes, then for each tile
-  a byte, its parameter b; then the tiles. A gap is ``gap >> b`` ones, a zero, and its b low bits, most
-  significant bit first. A writer takes the b of fewest bits, the smallest of several.
+- ``rice``: for each tile two bytes (little-endian) that say how many bytes it takes, then for each
+  tile a byte, its parameter b; then the tiles. A gap is ``gap >> b`` ones, a zero, and its b low
+  bits, most significant bit first. A writer takes the b of fewest bits, the smallest of several.
 
 Pad bits are zero. Source: Rice, "Some practical universal noiseless coding techniques", JPL
 publication 79-22, 1979; Golomb, IEEE Trans. Inf. Theory 12(3), 1966.
@@ -75,9 +75,7 @@ def decode(section: bytes, counts: np.ndarray, numel: int, coding: str) -> np.nd
     tiles = counts.size
     head = 3 * tiles if coding == "rice" else int((-(-counts // GROUP)).sum())
     size = len(section)
-    need(
-        size >= head, f"indices: expected at least {head} bytes for {tiles} tiles, got {size}"
-    )
+    need(size >= head, f"indices: expected at least {head} bytes for {tiles} tiles, got {size}")
     parts = _split_rice(section, counts) if coding == "rice" else _split_bitpack(section, counts)
     want = head + sum(parts_bytes for _, parts_bytes in parts)
     need(size == want, f"indices: expected {want} bytes, got {size}")
@@ -192,8 +190,6 @@ def _read_rice(data: bytes, parameters: bytes, count: int, tile: int) -> np.ndar
         low = bits[end + 1 : end + 1 + b]
         found.append(((end - at) << b) + (int(low, 2) if b else 0))
         at = end + 1 + b
-    need(
-        (at + 7) // 8 == len(data), f"indices of tile {tile}: the codes do not end with its bytes"
-    )
+    need((at + 7) // 8 == len(data), f"indices of tile {tile}: the codes do not end with its bytes")
     need("1" not in bits[at:], f"indices of tile {tile}: a pad bit is set")
     return np.array(found, np.int64)

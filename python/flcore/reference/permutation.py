@@ -2,8 +2,8 @@
 
 A Feistel network over ``w = max(8, ceil(log2 d))`` bits permutes ``[0, 2^w)``: the upper
 ``w // 2`` bits L and the others R take turns, ``L ^= F(R)``, ``R ^= F(L)``, eight rounds in all.
-The first k of P(0), P(1), P(2), ... that are below d are the coordinates; where ``2 k > d``, the first
-d - k are those that are left out. Distinct by construction; as random as the network mixes.
+The first k of P(0), P(1), P(2), ... that are below d are the coordinates; where ``2 k > d``, the
+first d - k are those that are left out. Distinct by construction; as random as the network mixes.
 
 Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 """

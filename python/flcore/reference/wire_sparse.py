@@ -108,7 +108,7 @@ def smallest(indices: np.ndarray, counts: np.ndarray, numel: int) -> str:
 
 
 def values_of(raw: np.ndarray, values: str, counts: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return the float32 numbers that bit patterns stand for; int8 ones times their tile's scale."""
+    """Return the float32 numbers of bit patterns; int8 ones are times the scale of their tile."""
     if values != "int8":
         return decode_values(raw, values)
     return np.repeat(scales, counts) * raw.astype(np.uint8).view(np.int8).astype(np.float32)
