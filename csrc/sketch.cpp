@@ -55,7 +55,7 @@ void sketch_top_k(const SketchTable& table, int64_t k, int64_t* index, float* va
     }
   for (size_t t = 0; t < tiles; ++t) starts[t + 1] = starts[t] + above[t] + within[t];
 
-  std::vector<int64_t> where(size_t(starts[tiles]));
+  std::vector<int64_t> where(static_cast<size_t>(starts[tiles]));
   std::vector<float> what(where.size());
   run.collect(table, cut, within.data(), starts.data(), where.data(), what.data());
   std::vector<uint32_t> keys(where.size());

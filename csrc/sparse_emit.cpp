@@ -17,10 +17,11 @@ IndexPlan choose_coding(const FeedbackArgs& x, const SparseEntries& entries,
     return plan_indices(coding, x.numel, entries.starts, entries.local, x.threads);
   };
   const int index = packet.header.index;
-  if (!packet.smallest && (index == INDEX_BITPACK || index == INDEX_RICE)) return plan(index);
+  const bool given = packet.choice == INDEX_GIVEN;
+  if (given && (index == INDEX_BITPACK || index == INDEX_RICE)) return plan(index);
   IndexPlan best;
   best.coding = index;
-  if (!packet.smallest) return best;
+  if (given) return best;
   const int64_t k = entries.starts[wire::tiles(x.numel)];
   best.coding = INDEX_TILE16;
   best.bytes = plain_bytes(INDEX_TILE16, x.numel, k);
@@ -28,6 +29,7 @@ IndexPlan choose_coding(const FeedbackArgs& x, const SparseEntries& entries,
     best.coding = INDEX_BITMASK;
     best.bytes = plain_bytes(INDEX_BITMASK, x.numel, k);
   }
+  if (packet.choice == INDEX_AUTO) return best;
   for (int coding : {INDEX_BITPACK, INDEX_RICE}) {
     IndexPlan other = plan(coding);
     if (other.bytes < best.bytes) best = std::move(other);

@@ -8,6 +8,13 @@
 
 namespace flcore {
 
+// Which index coding a packet gets; of equally short ones the first of tile16, bitmask, bitpack, Rice.
+enum IndexChoice : int {
+  INDEX_GIVEN = 0,    // that of the header
+  INDEX_AUTO = 1,     // tile16 or bitmask
+  INDEX_SMALLEST = 2  // whichever takes the fewest bytes
+};
+
 // What goes on the wire besides the entries, and where it goes.
 struct SparsePacket {
   wire::Header header;     // flags, round, seed, epoch, dtype and index codes; numel is filled in
@@ -15,7 +22,7 @@ struct SparsePacket {
   int64_t tensor_count;
   uint8_t* out;
   int64_t capacity;        // bytes; at least those of the packet
-  bool smallest = false;   // take the index coding of fewest bytes, whatever the header says
+  IndexChoice choice = INDEX_GIVEN;
 };
 
 // Writes the packet and corrects the new state at the entries: e <- t - D, h <- h + D, and v <- 0

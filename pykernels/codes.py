@@ -179,9 +179,9 @@ def store_scale(scales_ptr, index, x, keep, S: tl.constexpr):
 def to_grid(
     x, unit, random, LEAST: tl.constexpr, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr
 ):  # fmt: skip
-    """Return x / unit as a whole number within LEAST .. LEVELS, half to even or floor(y + r)."""
-    divisor = tl.where(unit > 0, unit, float("inf"))  # a bucket of one value: everything is 0
-    y = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    """Return x times 1 / unit as a whole number in LEAST .. LEVELS, half to even or floor(y + r)."""
+    inverse = tl.div_rn(tl.zeros_like(unit) + 1.0, tl.where(unit > 0, unit, 1.0))
+    y = x * tl.where(unit > 0, inverse, 0.0)  # a bucket of one value: everything is 0
     y = tl.minimum(tl.maximum(y, LEAST), LEVELS)
     if STOCHASTIC:
         return tl.floor(y + (random.to(tl.float32) + 0.5) * 1.52587890625e-05)

@@ -209,8 +209,6 @@ def test_number_of_entries():
     ):
         assert TopK(ratio=ratio).count(numel) == want
     assert TopK(k=10).count(3) == 3
-    assert TopK(ratio=1 / 16).index_coding(1600) == "tile16"
-    assert TopK(ratio=0.0631).index_coding(1600) == "bitmask"
 
 
 def test_packet_is_bytes_that_cannot_change(rng):

@@ -230,7 +230,8 @@ for settings in (
     Settings(codec="affine", bits=8, bucket=500, values="bfloat16"),
     Settings(codec="minifloat", bits=4, form=5, values="e8m0", bucket=32, stochastic=True),
 ):
-    constants = _constants(settings) | dict(D=3, E=True, H=True, V=True, M=3, MASK=True, CHECK=False)
+    constants = _constants(settings) | dict(D=3, E=True, H=True, V=True, M=3, MASK=True)
+    constants["CHECK"] = False
     scales = {"float32": "*fp32", "bfloat16": "*i16", "e8m0": "*u8"}[settings.values]
     narrow = ("g_ptr", "e_ptr", "v_ptr", "e_new_ptr", "v_new_ptr")
     signature = {name: "i32" for name in k.quantize_kernel.arg_names}

@@ -25,7 +25,7 @@ inline SparsePacket sparse_packet(const pybind11::dict& fields) {
   packet.header.source_dtype = code("source_dtype", F64, BF16);
   packet.header.value_dtype = code("value_dtype", F32, WIRE_INT8);
   packet.header.index = code("index", wire::SEEDED, wire::TILE_RICE);
-  packet.smallest = fields.contains("smallest") && fields["smallest"].cast<bool>();
+  packet.choice = IndexChoice(code("choice", INDEX_GIVEN, INDEX_SMALLEST));
   packet.tensors = reinterpret_cast<const uint8_t*>(uintptr_t(number("tensors")));
   packet.tensor_count = int64_t(number("tensor_count"));
   packet.out = reinterpret_cast<uint8_t*>(uintptr_t(number("out")));

@@ -7,6 +7,10 @@
 
 #include "api.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace flcore {
 
 // One line a stem: its table of every level is declared here and put into the level's row.
@@ -45,14 +49,23 @@ static const CpuTable rows[] = {
 #endif
     FLCORE_ROW(base)};
 
+#if defined(__x86_64__)
+// What v3 asks for beyond the names that every compiler's __builtin_cpu_supports knows.
+static bool f16c_lzcnt_movbe() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C) || !(c & bit_MOVBE)) return false;
+  return __get_cpuid(0x80000001u, &a, &b, &c, &d) && (c & (1u << 5));  // LZCNT, also called ABM
+}
+#endif
+
 // A level is usable only if the processor has every flag its files were compiled with.
 static bool usable(const char* name) {
 #if defined(__x86_64__)
 #define HAS(feature) __builtin_cpu_supports(feature)
   __builtin_cpu_init();  // the probe includes xgetbv: the OS must save the wide registers too
   const bool v2 = HAS("ssse3") && HAS("sse4.1") && HAS("sse4.2") && HAS("popcnt");
-  const bool v3 = v2 && HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("bmi") && HAS("bmi2") &&
-                  HAS("lzcnt") && HAS("movbe");
+  const bool v3 = v2 && HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2") &&
+                  f16c_lzcnt_movbe();
   const bool v4 = v3 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") &&
                   HAS("avx512vl");
   if (!std::strcmp(name, "base")) return v2;

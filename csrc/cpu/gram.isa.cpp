@@ -31,12 +31,22 @@ constexpr int64_t SIDE = 4;                              // rows of a block of s
 // Halves groups of G lanes of two registers: lanes of the first, then of the second.
 template <int G>
 FLCORE_INLINE vf32 fold(vf32 a, vf32 b) {
+#if defined(__clang__)  // has no shuffle by a vector, and makes one of this
+  vf32 low, high;
+  for (int i = 0; i < LANES; ++i) {
+    const int from = i / (G / 2) * G + i % (G / 2), next = from + G / 2;
+    low[i] = from < LANES ? a[from] : b[from - LANES];
+    high[i] = next < LANES ? a[next] : b[next - LANES];
+  }
+  return low + high;
+#else
   vi32 low, high;
   for (int i = 0; i < LANES; ++i) {
     low[i] = i / (G / 2) * G + i % (G / 2);
     high[i] = low[i] + G / 2;
   }
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
 }
 
 // v[0 .. LANES - 1] -> one register whose lane p is the sum of the lanes of v[p]

@@ -1,4 +1,4 @@
-"""Valid packets of every codec, for the fuzzers to start from: `python tests/fuzz/seeds.py FOLDER`."""
+"""Valid packets of every codec to fuzz from: `python tests/fuzz/seeds.py FOLDER`."""
 
 from __future__ import annotations
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from flcore import _native
-from flcore.compression import Limits, Packet, decode_add
+from flcore.compression import Limits, Packet, decode, decode_add
 from flcore.errors import PacketError
 from flcore.ops.sparsify import sparsify
+from flcore.reference import decode as reference
 from flcore.reference import wire, wire_writer
+from support import usable_levels
 
-CASES = 10_000
+sys.path.insert(0, str(Path(__file__).parent))
+import seeds
+
+CASES = 12_000
+NATIVE_CASES = int(os.environ.get("FLCORE_FUZZ_CASES", "100000"))
 LIMITS = Limits(max_numel=2**20)
 EDGES = [0, 1, 2, 63, 64, 65_535, 65_536, 65_537, 2**31, 2**32, 2**60, 2**63, 2**64 - 1]
 
@@ -26,7 +37,7 @@ def valid_packets(rng: np.random.Generator) -> list[bytes]:
                 g = rng.standard_normal(numel).astype(np.float32)
                 packet = sparsify(g, k=k, values=values, index=index, tensors=table)
                 packets.append(packet.tobytes())
-    return packets
+    return packets + [data for _, data in seeds.packets() if len(data) < 3000]
 
 
 def mutate(data: bytearray, rng: np.random.Generator) -> bytearray:
@@ -88,12 +99,13 @@ def test_mutated_packets_decode_or_raise_packet_error():
             continue
         decoded += 1
         packet = Packet.from_bytes(data, LIMITS)
-        numel, body = packet.header.numel, packet.body()
+        want = reference.dense(*wire.parse(data, LIMITS))
+        numel = packet.header.numel
         out = guard[64 : 64 + numel]
         out[:] = 0
         decode_add([packet], [1.0], out)
-        assert np.count_nonzero(out) <= packet.k
-        assert np.array_equal(out[body.indices], body.values + np.float32(0))
+        assert np.array_equal(out, want), f"case {case}: {packet}"
+        assert np.array_equal(decode(packet), want)
         out[:] = 7.0
         assert guard.min() == guard.max() == 7.0, "written outside"
     assert decoded > CASES // 50, "too few mutants reach the decoder for this test to mean anything"
@@ -113,3 +125,19 @@ def test_refused_packets_leave_the_output_untouched():
         else:
             assert bad == good or wire.parse(bad)
             out = np.frombuffer(before, np.float32).copy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", usable_levels()[:1])
+def test_mutants_under_the_sanitizers(native_build, tmp_path, level):
+    """FLCORE_FUZZ_CASES=1000000 asks for more; tests/fuzz/fuzz.sh for a search led by coverage."""
+    assert seeds.write(tmp_path / "packets") > 100
+    done = subprocess.run(
+        [str(native_build / "packet_mutations"), str(tmp_path / "packets"), str(NATIVE_CASES)],
+        env={**os.environ, "FLCORE_ISA": level, "ASAN_OPTIONS": "max_allocation_size_mb=256"},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.startswith(f"ok {level}"), done.stdout

@@ -11,6 +11,7 @@ import numpy as np
 from flcore import _arrays, _updates, _variants
 from flcore.aggregation._checks import number
 from flcore.aggregation._rule import check_choice
+from flcore.errors import DTypeError
 from flcore.ops._packet_rows import PacketRows, packet_rows, sign_packet
 from flcore.ops.combine import ADVICE, bad_clients, one_device
 from flcore.ops.vote import vote, vote_packet
@@ -128,8 +129,15 @@ class MajorityVote:
         from flcore.compression import Packet
 
         rows = self._signs(updates, None)
-        header = {"round": round, "seed": seed, "epoch": epoch}
-        data = vote_packet(rows.packets, weights, scale=self.scale, variant=variant, **header)
+        data = vote_packet(
+            rows.packets,
+            weights,
+            scale=self.scale,
+            round=round,
+            seed=seed,
+            epoch=epoch,
+            variant=variant,
+        )
         return Packet(data, trusted=True)
 
     def _signs(self, updates: Any, like: Any) -> PacketRows:
@@ -140,6 +148,8 @@ class MajorityVote:
         layout, arrays = _updates.parse_updates(updates)
         views = [layout.views(row, f"updates[{i}]") for i, row in enumerate(arrays)]
         device = one_device(views[0])
+        if device != "cpu":
+            raise DTypeError(f"updates: expected arrays on the CPU, got {device}")
         if self.nonfinite == "raise":
             found = _variants.choose("nonfinite", device)(views)
             if bad := [i for i, is_bad in enumerate(found) if is_bad]:

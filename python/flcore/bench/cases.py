@@ -31,7 +31,9 @@ __all__ = [
 FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
+    "low_rank": "flcore.bench.low_rank",
     "moments": "flcore.bench.moments",
+    "packets": "flcore.bench.packets",
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
     "server": "flcore.bench.server_step",

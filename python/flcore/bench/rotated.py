@@ -1,7 +1,7 @@
 """Cases of rotated codes: encoding with error feedback, and adding codes as integers.
 
-The peers do the same arithmetic on the same signs, which are drawn for them beforehand. flcore draws
-its own and writes a checked packet; the peers stop at packed codes and scales.
+The peers do the same arithmetic on the same signs, which are drawn for them beforehand. flcore
+draws its own and writes a checked packet; the peers stop at packed codes and scales.
 """
 
 from __future__ import annotations

@@ -167,8 +167,9 @@ def measure_costs(codec: Codec, feedback: Feedback | None = None, numel: int = S
     """Encode and decode a sample on this machine and return what a value costs.
 
     The sample is a square matrix (or twice as wide) of as many values as asked for, rounded up to a
-    power of two, 2**20 at most: beyond, costs grow in proportion. Medians of a few calls, 50 to 100 ms in all for the largest sample.
-    Found once in a process for each codec, error control, sample and number of threads.
+    power of two, 2**20 at most: beyond, costs grow in proportion. Medians of a few calls, 50 to
+    100 ms in all for the largest sample. Found once in a process for each codec, error control,
+    sample and number of threads.
 
     Parameters
     ----------

@@ -41,10 +41,10 @@ class Threshold(Codec):
         With `ratio`: the threshold that would have held `ratio` of the last update, or a sample's
         in the first round and after one with too few entries; or a sample's in every round. A
         sample takes about one value in a hundred and is right to about 5 % of the count.
-    values : {"float32", "float16", "bfloat16"}
-        Type of the values on the wire.
-    index : {"auto", "tile16", "bitmask"}
-        How positions are written. "auto" goes by the share that is expected.
+    values : {"float32", "float16", "bfloat16", "int8"}
+        Type of the values on the wire; int8 with a scale for each 65,536 coordinates.
+    index : {"auto", "smallest", "tile16", "bitmask", "bitpack", "rice"}
+        How positions are written, as in :class:`TopK`.
 
     Raises
     ------
@@ -93,7 +93,7 @@ class Threshold(Codec):
         for name, value, known in (
             ("estimate", self.estimate, ESTIMATES),
             ("values", self.values, tuple(wire.VALUE_DTYPES)),
-            ("index", self.index, ("auto", *wire.INDEX_CODINGS)),
+            ("index", self.index, ("auto", "smallest", *wire.INDEX_CODINGS)),
         ):
             if value not in known:
                 raise InvalidInputError(
@@ -113,12 +113,6 @@ class Threshold(Codec):
         elif self.ratio is not None:
             most = _decimal(self.ratio) * 13 / 10
         return min(numel, max(1, math.ceil(most * numel)))
-
-    def index_coding(self, numel: int) -> str:
-        """Return "tile16" or "bitmask", whichever `index` means for an update of `numel`."""
-        if self.index != "auto":
-            return self.index
-        return "bitmask" if self.ratio is not None and 16 * self.ratio > 1 else "tile16"
 
     def eta(self, numel: int) -> float:
         """Return the share of the entries that is expected.
@@ -154,7 +148,7 @@ class Threshold(Codec):
             tau=tau,
             state=job.state,
             values=self.values,
-            index=self.index_coding(job.numel),
+            index=self.index,
             **job.header,
         )
         if tau is not None:

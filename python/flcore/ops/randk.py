@@ -181,6 +181,7 @@ def _cpu(
             "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
             "value_dtype": wire.VALUE_DTYPES[values],
             "index": 0,
+            "choice": 0,
             "tensors": _arrays.address(rows),
             "tensor_count": rows.size // 64,
             "out": _arrays.address(out),

@@ -80,9 +80,10 @@ def sparsify(
         Type of the values on the wire: nearest even; a finite value too large for the type becomes
         the largest finite one. int8 has a float32 scale for each tile of 65,536 coordinates, a
         127th of the largest magnitude that is sent of it.
-    index : {"tile16", "bitmask", "bitpack", "rice", "smallest"}
+    index : {"tile16", "bitmask", "bitpack", "rice", "auto", "smallest"}
         Two bytes an entry; one bit a coordinate; gaps between entries, packed or Rice-coded
-        (:func:`flcore.ops.indices.encode_indices`); whichever of them takes the fewest bytes.
+        (:func:`flcore.ops.indices.encode_indices`). Auto: the first or the second, whichever takes
+        fewer bytes; smallest: whichever of all four does.
     round, seed, epoch, flags : int
         Header fields (docs/packet.md); FLAG_CHECKSUM is always set.
     tensors : bytes
@@ -116,7 +117,7 @@ def sparsify(
     starts, counts = _check_segments(k, segments, numel)
     for name, value, known in (
         ("values", values, wire.VALUE_DTYPES),
-        ("index", index, ("smallest", *wire.INDEX_CODINGS)),
+        ("index", index, (*_CHOICES, *wire.INDEX_CODINGS)),
     ):
         if value not in known:
             raise InvalidInputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -164,6 +165,7 @@ def sparsify(
     return packet
 
 
+_CHOICES = {"auto": 1, "smallest": 2}  # IndexChoice in csrc/sparse_emit.h
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -245,8 +247,8 @@ def _cpu(
             **fields,
             "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
             "value_dtype": wire.VALUE_DTYPES[values],
-            "index": wire.INDEX_CODINGS.get(index, 2),
-            "smallest": index == "smallest",
+            "index": wire.INDEX_CODINGS.get(index, 0),
+            "choice": _CHOICES.get(index, 0),
             "tensors": _arrays.address(rows),
             "tensor_count": rows.size // 64,
             "out": _arrays.address(out),

@@ -30,6 +30,7 @@ from flcore.reference.wire_frame import (
 )
 
 __all__ = [
+    "CHOICES",
     "INDEX_CODINGS",
     "LARGEST",
     "RULES",
@@ -101,10 +102,15 @@ def index_section(indices: np.ndarray, counts: np.ndarray, numel: int, index: st
     return b"" if index == "seeded" else coded.encode(counts, local, index)
 
 
-def smallest(indices: np.ndarray, counts: np.ndarray, numel: int) -> str:
-    """Return the index coding of fewest bytes; of equal ones tile16, then bitmask, then bitpack."""
-    order = ("tile16", "bitmask", "bitpack", "rice")
-    return min(order, key=lambda index: len(index_section(indices, counts, numel, index)))
+CHOICES = {"auto": ("tile16", "bitmask"), "smallest": ("tile16", "bitmask", "bitpack", "rice")}
+"""Codings that a writer chooses among, by the name of the choice."""
+
+
+def smallest(
+    indices: np.ndarray, counts: np.ndarray, numel: int, among: tuple[str, ...]
+) -> str:
+    """Return the index coding of fewest bytes; of equal ones the first of `among`."""
+    return min(among, key=lambda index: len(index_section(indices, counts, numel, index)))
 
 
 def values_of(raw: np.ndarray, values: str, counts: np.ndarray, scales: np.ndarray) -> np.ndarray:

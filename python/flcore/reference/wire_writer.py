@@ -50,11 +50,14 @@ def packet_nbytes(numel: int, k: int, index: str, values: str, tensors: int = 0)
     """Return the bytes of a sparse packet: `k` of `numel` coordinates, `tensors` table rows.
 
     Where they depend on the coordinates, the most that they can be: "bitpack" takes at most 16 bits
-    an index and a byte for 128, "rice" 24 bits and 3 bytes a tile, "smallest" as many as "tile16".
+    an index and a byte for 128, "rice" 24 bits and 3 bytes a tile, "auto" and "smallest" as many as
+    "tile16" or "bitmask".
     """
     rows = wire_sparse.tiles(numel)
     most = {"bitpack": rows + k // 128 + 2 * k, "rice": 3 * rows + min(3 * k, rows * TILE // 8)}
-    index, coded = "tile16" if index == "smallest" else index, most.get(index, 0)
+    if index in wire_sparse.CHOICES:
+        index = "bitmask" if -(-numel // 8) < 2 * k else "tile16"
+    coded = most.get(index, 0)
     table = tensors * wire.TENSOR_BYTES
     sections = wire_sparse.sections(numel, k, index, values, table, coded)
     end = wire.HEADER_BYTES + wire.TABLE_BYTES + wire.ENTRY_BYTES * len(sections)
@@ -127,7 +130,7 @@ def build(
     indices : (k,) integers, strictly increasing, below `numel`
     raw_values : (k,) uint32, uint16 or uint8
         Bit patterns of the values in the dtype that `values` names.
-    index : {"bitmask", "tile16", "bitpack", "rice", "smallest", "seeded"}
+    index : {"bitmask", "tile16", "bitpack", "rice", "auto", "smallest", "seeded"}
         Seeded: the `indices` must be those that seed and round of the header give.
     scales : (tiles,) float32, optional
         With int8 values: what the codes of each tile multiply.
@@ -138,8 +141,8 @@ def build(
     """
     indices = np.asarray(indices, dtype=np.int64)
     counts = np.bincount(indices // TILE, minlength=wire_sparse.tiles(numel))
-    if index == "smallest":
-        index = wire_sparse.smallest(indices, counts, numel)
+    if index in wire_sparse.CHOICES:
+        index = wire_sparse.smallest(indices, counts, numel, wire_sparse.CHOICES[index])
     coded = wire_sparse.index_section(indices, counts, numel, index)
     value_bytes = wire.VALUE_BYTES[wire.VALUE_CODES[values]]
     bodies = {
