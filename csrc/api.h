@@ -51,8 +51,10 @@ struct CombineArgs {
   int64_t* first_tile;        // [layers + 1] scratch of the CPU kernel
   const int* out_dtype = nullptr;  // [layers], floating; null: as dtype (CPU kernel only, as below)
   bool by_layer = false;           // a row's weight differs from layer to layer
-  const PacketView* packets = nullptr;  // [n]: float32 rows that are decoded on the way; no `rows`
+  const PacketView* packets = nullptr;  // [n]: float32 rows that are decoded on the way; no `rows`;
+                                        //   their weight is weights[i] unless by_layer
   const int64_t* starts = nullptr;      //   [layers + 1] first coordinate of each layer, the total
+  void* scratch = nullptr;              //   [threads][combine_scratch bytes], 64-byte aligned
 };
 
 // m sums over the same rows, out[k][l][j] = sum_i A[k][i] rows[i][l][j]: each bit for bit the one
@@ -95,7 +97,8 @@ struct StepArgs {
   double noise_std;               // of the normal noise that D gets; 0: none
   PhiloxStream noise;             // its streams, one a layer: tensor is taken from below
   const uint32_t* tensor;         // [layers]
-};
+  void* const* new_sum = nullptr;  // [layers], packets only: sum.state is read before the packets are
+};                                 //   added, and the sums, not divided yet, go here
 
 // flags[i] = 1 when row i holds a NaN or an infinity, else 0
 struct FiniteArgs {
@@ -113,6 +116,7 @@ struct CombineFns {
   void (*nonfinite)(const FiniteArgs&);
   int (*rows)(const CombineRowsArgs&);     // returns CombineFlags
   int (*step)(const StepArgs&);            // returns CombineFlags
+  int64_t (*scratch)(const CombineArgs&);  // bytes one thread needs for packets
 };
 
 // ---- rng: stretches of Philox streams (csrc/cpu/rng.isa.cpp, kernels/rng.cu) -------------------
@@ -344,7 +348,7 @@ struct CodecArgs {
   int measure;            // Measure
   bool stochastic;        // rounded with the bits of `rounding`, else half to even
   int64_t levels;         // uniform: positive levels in use, at most 2^(bits - 1) - 1
-  double clip;            // ternary: standard deviations, 0: no clipping
+  double clip;            // ternary: root mean squares of the bucket, 0: no clipping
   PhiloxStream rounding;  // STREAM_ROUNDING, 16 bits a coordinate
   PhiloxStream rotation;  // STREAM_ROTATION
   const void* extra;      // what one codec alone needs; its header says what
@@ -555,6 +559,9 @@ struct DecodeFns {
   // from row to row; work: [DECODE_WORK], 64-byte aligned. For kernels that work on tiles of packets.
   void (*rows)(const PacketView* views, int64_t n, int64_t begin, int64_t count, float* out,
                int64_t stride, float* work);
+  // `add` for coordinates [begin, end) on the calling thread; where a packet is sparse they are a
+  // tile of it
+  void (*add_part)(const DecodeArgs&, int64_t begin, int64_t end);
 };
 
 // ---- low_rank: power iteration on the matrices of an update (csrc/cpu/low_rank.isa.cpp) ---------

@@ -15,9 +15,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
+#include "arena.h"
 #include "check.h"
 
 namespace flcore {
@@ -68,11 +68,12 @@ struct Batch {
   std::vector<Range> ranges;
   std::vector<uint32_t> cut;  // [pieces]
   Numbers lane, region, from, count;
-  std::unique_ptr<uint16_t[]> local;
-  std::unique_ptr<float[]> u, t;
+  uint16_t* local = nullptr;
+  float *u = nullptr, *t = nullptr;
+  Arena& arena;
   int threads;
 
-  explicit Batch(int threads) : threads(threads) {}
+  Batch(Arena& arena, int threads) : arena(arena), threads(threads) {}
 
   int64_t size() const { return int64_t(piece.size()); }
   int64_t length(int64_t p) const { return piece[size_t(p)].end - piece[size_t(p)].begin; }
@@ -96,7 +97,7 @@ struct Batch {
     return {size(), piece.data(), int64_t(lane.size()) - 1, lane.data(), threads};
   }
   SparseCandidates candidates() {
-    return {region.data(), from.data(), count.data(), local.get(), u.get(), t.get()};
+    return {region.data(), from.data(), count.data(), local, u, t};
   }
   int64_t found(const Range& r) const {
     int64_t sum = 0;
@@ -111,23 +112,22 @@ struct Batch {
       region.push_back(region.back());
       for (int64_t p = lane[l]; p < lane[l + 1]; ++p) region.back() += room[size_t(p)];
     }
-    const size_t total = size_t(region.back());
-    local.reset(new uint16_t[total]);
-    u.reset(new float[total]);
-    if (x.e) t.reset(new float[total]);
+    local = arena.take<uint16_t>(region.back());
+    u = arena.take<float>(region.back());
+    if (x.e) t = arena.take<float>(region.back());
     return cpu().sparsify->sweep(x, pieces(), cut.data(), quota ? quota->data() : nullptr,
                                  candidates());
   }
 };
 
 // A guess of tau from a sample that holds about 400 of the k entries.
-uint32_t sampled_key(const FeedbackArgs& x, int64_t begin, int64_t end, int64_t k) {
+uint32_t sampled_key(const FeedbackArgs& x, Arena& arena, int64_t begin, int64_t end, int64_t k) {
   const int64_t step = sample_step(end - begin, k, 400);
   const int64_t samples = sparse_samples(end - begin, step, step / 2);
-  std::vector<uint32_t> keys(static_cast<size_t>(samples));
-  cpu().sparsify->sample(x, begin, end, step, step / 2, keys.data());
+  uint32_t* keys = arena.take<uint32_t>(samples);
+  cpu().sparsify->sample(x, begin, end, step, step / 2, keys);
   const double rank = double(k) / double(end - begin) * double(samples);
-  return cpu().sparsify->ranked(keys.data(), samples, std::max(int64_t(rank), int64_t(1)));
+  return cpu().sparsify->ranked(keys, samples, std::max(int64_t(rank), int64_t(1)));
 }
 
 // Steps 1 and 2 with cuts from the floor, the last call or a sample. False when there is none for
@@ -139,7 +139,7 @@ bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
     uint32_t cut = s.floor;
     if (!cut) {
       const uint32_t carried = s.tau ? s.tau[r.segment] : 0;
-      cut = scaled_key(carried ? carried : sampled_key(x, begin, end, k), s.slack);
+      cut = scaled_key(carried ? carried : sampled_key(x, b.arena, begin, end, k), s.slack);
     }
     if (cut == 0) return false;
     for (size_t l = 0; l + 1 < b.lane.size(); ++l) {
@@ -171,10 +171,10 @@ bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
         piece.push_back(b.piece[size_t(p)]);
         prefixes.push_back(prefix[size_t(p)]);
       }
-    const std::unique_ptr<uint32_t[]> counts(new uint32_t[piece.size() * SPARSIFY_BINS]);
+    uint32_t* counts = b.arena.take<uint32_t>(int64_t(piece.size()) * SPARSIFY_BINS);
     const SparsePieces pieces{int64_t(piece.size()), piece.data(), 0, nullptr, b.threads};
-    if (!cpu().sparsify->histogram(x, pieces, level, prefixes.data(), counts.get())) return false;
-    const uint32_t* row = counts.get();
+    if (!cpu().sparsify->histogram(x, pieces, level, prefixes.data(), counts)) return false;
+    const uint32_t* row = counts;
     std::vector<Range> still;
     std::vector<size_t> still_number;
     for (size_t i = 0; i < open.size(); ++i) {
@@ -230,10 +230,9 @@ class Sparsifier {
         small_number_.push_back(s);
       }
     }
-    const size_t total = size_t(at_.back());
-    local_.reset(new uint16_t[total]);
-    u_.reset(new float[total]);
-    if (x_.e) t_.reset(new float[total]);
+    local_ = arena_.take<uint16_t>(at_.back());
+    u_ = arena_.take<float>(at_.back());
+    if (x_.e) t_ = arena_.take<float>(at_.back());
   }
 
   // False: not finite.
@@ -257,26 +256,27 @@ class Sparsifier {
   SparseEntries entries() {
     starts_.assign(per_tile_.size() + 1, 0);
     for (size_t t = 0; t < per_tile_.size(); ++t) starts_[t + 1] = starts_[t] + per_tile_[t];
-    return {starts_.data(), local_.get(), u_.get(), t_.get()};
+    return {starts_.data(), local_, u_, t_};
   }
   const std::vector<uint32_t>& tau() const { return tau_; }
 
  private:
   const FeedbackArgs& x_;
   const Selection& s_;
+  Arena arena_;
   Numbers at_;  // [segments + 1] first entry of each segment
   std::vector<uint32_t> tau_;
   Numbers per_tile_, starts_;
   Numbers open_;  // larger segments that are not selected yet
   std::vector<SmallSegment> small_;
   Numbers small_number_;
-  std::unique_ptr<uint16_t[]> local_;
-  std::unique_ptr<float[]> u_, t_;
+  uint16_t* local_ = nullptr;
+  float *u_ = nullptr, *t_ = nullptr;
 
   int64_t rank(int64_t s) const { return s_.rank ? s_.rank : s_.k[s]; }
 
-  Batch batch() const {
-    Batch b(x_.threads);
+  Batch batch() {
+    Batch b(arena_, x_.threads);
     for (int64_t s : open_) b.add(s, s_.starts[s], s_.starts[s + 1]);
     b.finish();
     return b;
@@ -287,7 +287,9 @@ class Sparsifier {
     const auto& kernels = *cpu().sparsify;
     const SparsePieces pieces = b.pieces();
     const SparseCandidates candidates = b.candidates();
-    const std::unique_ptr<uint32_t[]> scratch(new uint32_t[size_t(b.region.back()) + 1]);
+    int64_t most = 0;
+    for (const Range& r : b.ranges) most = std::max(most, b.found(r));
+    uint32_t* scratch = arena_.take<uint32_t>(most);
     std::vector<uint32_t> tau(b.piece.size(), TOP);
     Numbers above(b.piece.size()), ties(b.piece.size()), at(b.piece.size() + 1, 0), still;
     std::vector<Range> taken;
@@ -299,7 +301,7 @@ class Sparsifier {
       }
       const uint32_t cut = b.cut[size_t(r.first)];
       const auto kth = [&](int64_t n) {
-        return kernels.kth(pieces, candidates, r.first, r.last, cut, n, scratch.get());
+        return kernels.kth(pieces, candidates, r.first, r.last, cut, n, scratch);
       };
       uint32_t last = found >= k ? kth(k) : cut - 1;
       if (found >= rank(s)) tau_[size_t(s)] = rank(s) == k ? last : kth(rank(s));
@@ -321,7 +323,7 @@ class Sparsifier {
       }
     }
     kernels.pick(pieces, candidates, tau.data(), quota.data(), at.data(), above.data(),
-                 local_.get(), u_.get(), t_.get());
+                 local_, u_, t_);
     open_.swap(still);
   }
 
@@ -333,10 +335,9 @@ class Sparsifier {
     int64_t longest = 0;
     for (int64_t i = 0; i < count; ++i) longest = std::max(longest, length(i));
     const int64_t lanes = int64_t(lane.size()) - 1;
-    const std::unique_ptr<float[]> scratch(
-        new float[size_t(lanes * cpu().sparsify->small_scratch(longest))]);
+    float* scratch = arena_.take<float>(lanes * cpu().sparsify->small_scratch(longest));
     const SmallArgs args{count,        small_.data(), lanes,     lane.data(),   s_.floor, check,
-                         local_.get(), u_.get(),      t_.get(),  scratch.get(), longest,  x_.threads};
+                         local_, u_,      t_,  scratch, longest,  x_.threads};
     if (!cpu().sparsify->small(x_, args)) return false;
     for (size_t i = 0; !check && i < small_.size(); ++i) {
       const SmallSegment& s = small_[i];

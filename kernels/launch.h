@@ -43,5 +43,15 @@ int64_t gram_workspace(const GramArgs& args);
 // segment is a run of whole layers. Throws flcore::Error when there are too many rows.
 void launch_gram(const GramArgs& args, double* workspace, double* out, int device, uintptr_t stream);
 
+// Rotated codes: addresses in args.feedback (starts, dtype and grads too), args.scales and args.codes
+// are on the device; args.scratch is not used. flags: one int32 on the device, zeroed by the caller,
+// becomes 1 when t or u is not finite somewhere: what was written is then void. With args.check
+// nothing but the flag is written.
+void launch_rotate(const QuantizeArgs& args, int32_t* flags, int device, uintptr_t stream);
+
+// args.views: on the device, with addresses of the device in them, of the codecs in
+// csrc/packet_image.h. Throws flcore::Error unless there is one packet when it is not added.
+void launch_decode(const DecodeArgs& args, bool add, int device, uintptr_t stream);
+
 }  // namespace cuda
 }  // namespace flcore

@@ -40,7 +40,7 @@ TWO_23, TWO_23_BITS = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
 WIRE_LARGEST = tl.constexpr(3.402823e38)
 TINY = tl.constexpr(2.0**-126)
 # what is summed over a bucket
-MAGNITUDES, SQUARES, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MAGNITUDES, SQUARES = tl.constexpr(0), tl.constexpr(1)
 
 
 # ---- bits of floats ------------------------------------------------------------------------------
@@ -142,10 +142,7 @@ def lane_sum(
         at = first + step + lane
         _, _, u, _ = affine_form(g_ptr, e_ptr, h_ptr, v_ptr, at, inside, a, b, p, q, D, E, H, V, M)
         x = u.to(tl.float64)
-        if TERM == MAGNITUDES:
-            x = tl.abs(x)
-        elif TERM == SQUARES:
-            x = x * x
+        x = tl.abs(x) if TERM == MAGNITUDES else x * x
         total = tl.where(inside, total + x, total)
     total = tl.sum(tl.reshape(total, [ROWS, 2, 8]), axis=1)
     total = tl.sum(tl.reshape(total, [ROWS, 2, 4]), axis=1)
@@ -320,12 +317,7 @@ def grid_unit(
         else:
             return tl.div_rn(float_of(top), tl.zeros([ROWS, 1], tl.float32) + LEVELS)
     elif CLIP > 0:
-        total = lane_sum(
-            g_ptr, e_ptr, h_ptr, v_ptr, first, n, a, b, p, q, D, E, H, V, M, VALUES, ROWS, BUCKET
-        )
-        mean = total / count
-        variance = tl.maximum(squares / count - mean * mean, 0.0)
-        bound = (tl.sqrt(variance) * CLIP).to(tl.float32)
+        bound = (tl.sqrt(squares / count) * CLIP).to(tl.float32)
         return tl.minimum(bound, float_of(top))
     else:
         return float_of(top)

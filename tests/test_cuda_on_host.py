@@ -39,6 +39,7 @@ SOURCES = (
     "kernels/gram.cu",
     "kernels/device.cu",
     "csrc/bindings/cuda.cpp",
+    "csrc/bindings/cuda_compression.cpp",
     "tests/cuda_on_host/fibers.cpp",
 )
 TYPES = {name: getattr(torch, name) for name in _arrays.DTYPE_CODES}

@@ -176,6 +176,23 @@ def test_nf4_by_hand():
     assert not sent(quantize(np.zeros(9, np.float32), bucket=64, **options("fp nf4"))).any()
 
 
+def test_packing_by_hand():
+    # e2m3: 1/8, 1/4, 3/8, 1/2 are the subnormal codes 1, 2, 3, 4; the 7.5 makes the scale 1
+    u = np.array([0.125, 0.25, 0.375, 0.5, -7.5], np.float32)
+    packet = quantize(u, bucket=8, **options("fp e2m3"))
+    assert sections(packet)[1].tobytes().hex() == "8130103f"
+    # e2m1: 0.5, 1, 1.5, -6 are the codes 1, 2, 3, f
+    packet = quantize(np.float32([0.5, 1, 1.5, -6, 6]), bucket=8, **options("mx e2m1"))
+    assert sections(packet)[1].tobytes().hex() == "21f307"
+    # nine bits: 1 is 07f, -2 is 180, 0 is 0
+    packet = quantize(np.float32([1, -2, 0]), bucket=8, **options("natural 9"))
+    assert sections(packet)[1].tobytes().hex() == "7f000300"
+    packet = quantize(np.float32([1, -2, 0]), bucket=8, **options("natural 8"))
+    assert sections(packet)[1].tobytes().hex() == "6dee00"  # 109 and 110 are 2^0 and 2^1
+    packet = quantize(np.float32([1, -2]), bucket=8, **options("dense bfloat16"))
+    assert sections(packet)[1].tobytes().hex() == "803f00c0"
+
+
 # ---- every code is a finite number -------------------------------------------------------------
 
 

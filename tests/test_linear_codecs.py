@@ -20,6 +20,7 @@ from flcore.compression import (
     from_text,
 )
 from flcore.errors import InvalidInputError
+from flcore.reference import wire
 
 U = np.array([0.5, -1, 2, 0, -0.25, 0.25, 0, 1], np.float32)
 ALL = [
@@ -93,7 +94,7 @@ def test_ternary_takes_three_values():
 
 
 def test_ternary_clip(rng):
-    """Clipping at 2.5 standard deviations: about 32 % of the codes are not 0, and the error 1.0."""
+    """Clipping at 2.5 root mean squares: about 32 % of the codes are not 0, and the error 1.0."""
     u = rng.standard_normal(65_536)
     clipped, free = Ternary(bucket=65_536, clip=2.5), Ternary(bucket=65_536)
     assert np.count_nonzero(sent(clipped, u)) / u.size == pytest.approx(0.317, abs=0.01)
@@ -194,13 +195,14 @@ def test_huge_tiny_and_mixed_values_decode_finite(codec):
 
 
 def test_scales_of_bfloat16_are_rounded_up(rng):
-    """So that nothing is cut: no value decodes to less than half a step below the largest."""
-    u = rng.standard_normal(10_000)
-    for bits in (4, 8):
-        got = sent(AbsMax(bits=bits, bucket=100, scale_dtype="bfloat16"), u)
-        assert (
-            np.abs(got).reshape(-1, 100).max(1) >= np.abs(u).reshape(-1, 100).max(1)
-        ).mean() > 0.9
+    """So that nothing is cut: the last point of the grid is at or above the largest magnitude."""
+    u = rng.standard_normal(10_000).astype(np.float32)
+    top = np.abs(u).reshape(-1, 100).max(1)
+    for bits in (2, 4, 8):
+        codec = AbsMax(bits=bits, bucket=100, scale_dtype="bfloat16")
+        body = wire.parse(bytes(Encoder(codec, like=u).encode(u)))[1]
+        grid = body.scales[:, 0] * (2 ** (bits - 1) - 1)
+        assert (grid >= top).all() and (grid <= top * (1 + 2.0**-7)).all()
 
 
 # ---- sign ----------------------------------------------------------------------------------------
@@ -235,7 +237,6 @@ def test_the_norm_as_scale_is_no_contraction(rng):
     u = np.where(rng.random(50_000) < 0.01, rng.standard_normal(50_000), 0)
     assert nmse(Sign(bucket=50_000, scale="l2"), u) == pytest.approx(1.84, abs=0.05)
     assert nmse(Sign(bucket=50_000), u) < 1
-    assert nmse(Sign(bucket=50_000, scale="l2"), rng.lognormal(sigma=1.5, size=50_000)) < 1
     heavy = rng.lognormal(sigma=1.5, size=50_000) * rng.choice([-1, 1], 50_000)
     assert nmse(Sign(bucket=50_000, scale="l2"), heavy) > 1
 

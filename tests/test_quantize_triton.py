@@ -227,7 +227,6 @@ found = {}
 for settings in (
     Settings(codec="sign", bits=1, bucket=1024),
     Settings(codec="uniform", bits=4, bucket=512, levels=7, stochastic=True),
-    Settings(codec="affine", bits=8, bucket=500, values="bfloat16"),
     Settings(codec="minifloat", bits=4, form=5, values="e8m0", bucket=32, stochastic=True),
 ):
     constants = _constants(settings) | dict(D=3, E=True, H=True, V=True, M=3, MASK=True)

@@ -86,7 +86,7 @@ def settings():
                 yield "uniform", 0, bits, bucket, "bfloat16"
         yield "natural", 0, 9, bucket, "float32"
         yield "natural", 1, 8, bucket, "float32"
-    for form, bits in {1: 8, 2: 8, 3: 6, 4: 6, 5: 4, 6: 8, 7: 4, 8: 4}.items():
+    for form, bits in {1: 8, 2: 8, 3: 6, 4: 6, 5: 4, 6: 8, 7: 4}.items():
         yield "minifloat", form, bits, 32, "e8m0"
         yield "minifloat", form, bits, 256, "float32"
     for bits in range(1, 5):
@@ -168,8 +168,8 @@ def test_what_one_codec_alone_checks():
     exponent = packet("minifloat", 4, b"\xff", bits=8, bucket=32, form=1, values="e8m0")
     refuse(exponent, "expected an exponent up to 246")
     refuse(packet("rotated", 4, f32(1e36), bits=1, bucket=1024), "its scale is")
-    refuse(packet("rotated", 4, f32(1), bits=1, bucket=1000), "a power of two up to 4096")
-    refuse(packet("rotated", 4, f32(1), bits=1, bucket=8192), "a power of two up to 4096")
+    refuse(packet("rotated", 4, f32(1), bits=1, bucket=1000), "a power of two from 256 to 4096")
+    refuse(packet("rotated", 4, f32(1), bits=1, bucket=8192), "a power of two from 256 to 4096")
     assert set(CODEC_NAMES) == set(wire.RULES) - {"sparse", "low_rank", "sketch", "thc"}
 
 

@@ -36,14 +36,22 @@ static int combine_scaled(const Addresses& rows, int64_t n, const Numbers& weigh
   return cpu().combine->combine(call.args);
 }
 
-static int combine_packets(const Packets& packets, const Numbers& weights, const Sizes& numel,
-                           const Codes& out_dtype, const Addresses& out, int accumulate,
-                           double divisor, int threads, bool check) {
+// Sums of packets in cache.
+static Scratch packet_scratch(const CombineArgs& args) {
+  return Scratch(args.packets ? args.threads * cpu().combine->scratch(args) : 0);
+}
+
+// `weights`: one for each packet, or for each layer of each.
+static int combine_packets(const Packets& packets, const Numbers& weights, bool by_layer,
+                           const Sizes& numel, const Codes& out_dtype, const Addresses& out,
+                           int accumulate, double divisor, int threads, bool check) {
   FLCORE_CHECK(out.size() == numel.size(), "out: one address a layer is needed");
   const Codes dtype(numel.size(), F32);
-  const PacketTable table = packet_table(packets, {}, numel, dtype);
-  const CombineCall call(table.count(), {}, weights, true, numel, dtype, out_dtype, {}, out,
-                         accumulate, divisor, threads, check, table);
+  const PacketTable table = packet_table(packets, {}, numel, dtype, weights);
+  CombineCall call(table.count(), {}, weights, by_layer, numel, dtype, out_dtype, {}, out,
+                   accumulate, divisor, threads < 1 ? 1 : threads, check, table);
+  const Scratch scratch = packet_scratch(call.args);
+  call.args.scratch = scratch.data();
   py::gil_scoped_release nogil;
   return cpu().combine->combine(call.args);
 }
@@ -78,7 +86,7 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
                         bool models, int copy_dtype, double noise_std, uint64_t seed,
                         uint32_t round, uint32_t client, const std::vector<uint32_t>& tensor,
                         int accumulate, double divisor, int threads, bool check,
-                        const Packets& packets) {
+                        const Packets& packets, const std::vector<Addresses>& sums) {
   const size_t layers = numel.size();
   FLCORE_CHECK(model_dtype.size() == layers, "model_dtype: expected ", layers, " codes, got ",
                model_dtype.size());
@@ -88,10 +96,18 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
                  model_dtype[l]);
     sum_dtype[l] = model_dtype[l] == F64 ? F64 : F32;
   }
-  const PacketTable table = packet_table(packets, rows, numel, dtype);
+  const PacketTable table = packet_table(packets, rows, numel, dtype, weights);
   FLCORE_CHECK(packets.empty() || !models, "models: packets are updates");
-  const CombineCall call(n, rows, weights, by_layer, numel, dtype, sum_dtype, {}, {}, accumulate,
-                         divisor, threads, check, table);
+  const bool control = !sums.empty();
+  FLCORE_CHECK(!control || (sums.size() == 2 && sums[1].size() == layers && !packets.empty() &&
+                            accumulate != ACC_REPRODUCIBLE),
+               "sums: expected old and new ones of packets");
+  CombineCall call(n, rows, weights, by_layer, numel, dtype, sum_dtype,
+                   control ? sums[0] : Addresses(), {}, accumulate, divisor,
+                   threads < 1 ? 1 : threads, check, table);
+  const Scratch scratch = packet_scratch(call.args);
+  call.args.scratch = scratch.data();
+  const std::vector<void*> new_sums = pointers<>(control ? sums[1] : Addresses());
   FLCORE_CHECK(kind >= 0 && kind < STEP_KIND_COUNT, "kind: unknown code ", kind);
   FLCORE_CHECK(scalars.size() == 4, "scalars: expected lr, beta1, beta2, tau");
   FLCORE_CHECK(buffers.size() == 7, "buffers: expected 7 lists, got ", buffers.size());
@@ -127,7 +143,8 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
                       copy_dtype,
                       noise_std,
                       philox_stream(seed, round, 0, client),
-                      tensor.data()};
+                      tensor.data(),
+                      data_or_null(new_sums)};
   py::gil_scoped_release nogil;
   return cpu().combine->step(args);
 }
@@ -169,9 +186,10 @@ void bind_aggregation(py::module_& m) {
         py::arg("copy_dtype"), py::arg("noise_std"), py::arg("seed"), py::arg("round"),
         py::arg("client"), py::arg("tensor"), py::arg("accumulate"), py::arg("divisor"),
         py::arg("threads"), py::arg("check"), py::arg("packets") = Packets(),
+        py::arg("sums") = std::vector<Addresses>(),
         "A weighted sum and one step of a server optimiser along it; returns CombineFlags.");
   m.def("combine_packets", &combine_packets, py::arg("packets"), py::arg("weights"),
-        py::arg("numel"), py::arg("out_dtype"), py::arg("out"), py::arg("accumulate"),
+        py::arg("by_layer"), py::arg("numel"), py::arg("out_dtype"), py::arg("out"), py::arg("accumulate"),
         py::arg("divisor"), py::arg("threads"), py::arg("check"),
         "Weighted sum of packets with a weight for each layer of each; returns CombineFlags.");
   m.def("nonfinite", &nonfinite, py::arg("rows"), py::arg("n"), py::arg("numel"), py::arg("dtype"),

@@ -93,7 +93,8 @@ struct CombineCall {
             out_dtype.empty() ? nullptr : out_dtype.data(),
             by_layer,
             packets.data(),
-            packets.starts.data()};
+            packets.starts.data(),
+            nullptr};
   }
   CombineCall(const CombineCall&) = delete;
   CombineCall& operator=(const CombineCall&) = delete;

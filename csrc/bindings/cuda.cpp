@@ -9,8 +9,11 @@
 
 #include "api.h"
 #include "bindings/combine_call.h"
+#include "bindings/cuda_bindings.h"
+#include "bindings/feedback_call.h"
 #include "bindings/random_args.h"
 #include "launch.h"
+#include "rotation.h"
 
 namespace py = pybind11;
 
@@ -129,10 +132,43 @@ static void gram(const Addresses& rows, int64_t n, const std::vector<int64_t>& s
                     device, stream);
 }
 
+// layers: addresses on the device of starts int64 [layers + 1], dtype int32 [layers] and addresses of
+// the layers int64 [layers].
+static void rotate(int64_t numel, int64_t count, const std::array<uintptr_t, 3>& layers,
+                   const py::dict& state, int bits, int64_t block, int measure, bool check,
+                   uint64_t seed, uint64_t round, uintptr_t scales, uintptr_t codes,
+                   uintptr_t flags, int device, uintptr_t stream) {
+  FLCORE_CHECK(numel >= 0 && count >= (numel > 0 ? 1 : 0), "layers: expected at least one");
+  FLCORE_CHECK(bits >= 1 && bits <= ROTATION_BITS, "bits: expected 1 to ", ROTATION_BITS, ", got ",
+               bits);
+  FLCORE_CHECK(block >= ROTATION_MIN_BLOCK && block <= BLOCK_MAX && !(block & (block - 1)),
+               "block: expected a power of two from ", ROTATION_MIN_BLOCK, " to ", BLOCK_MAX,
+               ", got ", block);
+  const FeedbackCall feedback({}, {}, {}, state, seed, round, 1);
+  QuantizeArgs args = {};
+  args.feedback = feedback.args;
+  args.feedback.numel = numel;
+  args.feedback.layers = count;
+  args.feedback.starts = reinterpret_cast<const int64_t*>(layers[0]);
+  args.feedback.dtype = reinterpret_cast<const int*>(layers[1]);
+  args.feedback.grads = reinterpret_cast<const void* const*>(layers[2]);
+  args.codec.codec = CODEC_ROTATED;
+  args.codec.bits = bits;
+  args.codec.bucket = block;
+  args.codec.measure = measure;
+  args.codec.rotation = philox_stream(seed, uint32_t(round), STREAM_ROTATION, 0);
+  args.check = check;
+  args.scales = reinterpret_cast<uint8_t*>(scales);
+  args.codes = reinterpret_cast<uint8_t*>(codes);
+  py::gil_scoped_release nogil;
+  cuda::launch_rotate(args, reinterpret_cast<int32_t*>(flags), device, stream);
+}
+
 }  // namespace flcore
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   using namespace flcore;
+  bind_cuda_compression(m);
   m.def("device_count", &device_count, "(number of devices, why there is none)");
   m.attr("COMBINE_MAX_ROWS") = cuda::COMBINE_MAX_ROWS;
   m.def("combine", &combine, py::arg("rows"), py::arg("weights"), py::arg("numel"),
@@ -157,4 +193,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         py::arg("kind"), py::arg("wide"), py::arg("segment_starts"), py::arg("workspace"),
         py::arg("out"), py::arg("device"), py::arg("stream"),
         "Norms, distances or products (kernels/gram.cu) into float64 [segments][entries].");
+  m.def("rotate", &rotate, py::kw_only(), py::arg("numel"), py::arg("count"), py::arg("layers"),
+        py::arg("state"), py::arg("bits"), py::arg("block"), py::arg("measure"), py::arg("check"),
+        py::arg("seed"), py::arg("round"), py::arg("scales"), py::arg("codes"), py::arg("flags"),
+        py::arg("device"), py::arg("stream"),
+        "Rotated codes with feedback (kernels/rotate.cu); flags[0] becomes 1: not finite.");
 }

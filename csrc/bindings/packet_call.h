@@ -13,9 +13,11 @@ namespace flcore {
 
 using Packets = std::vector<const wire::Packet*>;
 
-// Views of packets that hold as many coordinates as all layers together, which are float32.
+// Views of packets that hold as many coordinates as all layers together, which are float32. They
+// get `weights`, if there is one for each.
 inline PacketTable packet_table(const Packets& packets, const Addresses& rows,
-                                const std::vector<int64_t>& numel, const std::vector<int>& dtype) {
+                                const std::vector<int64_t>& numel, const std::vector<int>& dtype,
+                                const std::vector<double>& weights = {}) {
   PacketTable table;
   if (packets.empty()) return table;
   FLCORE_CHECK(rows.empty(), "rows: expected none beside packets");
@@ -28,7 +30,7 @@ inline PacketTable packet_table(const Packets& packets, const Addresses& rows,
     table.starts.push_back(table.starts.back() + count);
   }
   for (size_t i = 0; i < packets.size(); ++i) {
-    table.views.push_back(packets[i]->view(1.0));
+    table.views.push_back(packets[i]->view(weights.size() == packets.size() ? weights[i] : 1.0));
     FLCORE_CHECK(table.views[i].numel == table.starts.back(), "packets[", i, "]: holds ",
                  table.views[i].numel, " coordinates, the layers ", table.starts.back());
   }

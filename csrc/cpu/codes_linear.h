@@ -1,6 +1,6 @@
 // Codes on an evenly spaced grid: sign, ternary, uniform (absolute maximum or Euclidean norm), affine.
 //   sign     a = mean |u| or ||u|| / sqrt(n); code 1 where u < 0; D = a or -a
-//   ternary  a = max |u|, or less when clipped; q = round(u / a) in {-1, 0, 1}; D = a q
+//   ternary  a = max |u|, at most clip ||u|| / sqrt(n); q = round(u / a) in {-1, 0, 1}; D = a q
 //   uniform  unit = max |u| / levels or ||u|| / levels; q = round(u / unit) within +-levels; D = unit q
 //   affine   lo = min u, unit = (max u - lo) / (2^b - 1); q = round((u - lo) / unit); D = lo + unit q
 // The quotient is the product with the rounded inverse of the unit, which is 0 or at least 2^-126.
@@ -27,10 +27,6 @@ namespace FLCORE_ISA {
 
 constexpr int SUM_LANES = 16;
 
-struct SumValues {
-  FLCORE_MEMBER vf64 many(const vf64& x) const { return x; }
-  FLCORE_MEMBER double one(double x) const { return x; }
-};
 struct SumMagnitudes {
   FLCORE_MEMBER vf64 many(const vf64& x) const {
     return (vf64)((vi64)x & int64_t(0x7fffffffffffffff));
@@ -201,9 +197,8 @@ static inline void quantize_ternary(const BucketJob& job) {
   const CodecArgs& c = job.c;
   float a = largest_magnitude(job.u, job.n);
   if (c.clip > 0) {
-    const double mean = lane_sum(job.u, job.n, SumValues{}) / double(job.n);
-    const double var = lane_sum(job.u, job.n, SumSquares{}) / double(job.n) - mean * mean;
-    const float bound = float(c.clip * __builtin_sqrt(var > 0 ? var : 0));
+    const double square = lane_sum(job.u, job.n, SumSquares{}) / double(job.n);
+    const float bound = float(c.clip * __builtin_sqrt(square));
     a = bound < a ? bound : a;
   }
   a = scale_value(a, scale_limit(2), c.scale_dtype);

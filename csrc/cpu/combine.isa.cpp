@@ -108,7 +108,12 @@ static int tile(const CombineArgs& a, const Rows& rows, int64_t layer, int64_t o
   return tile_plain<D, double>(a, rows, layer, offset, m, out);
 }
 
-// The same for packets; there is no state.
+// Bytes of sums that a thread needs for packets.
+static int64_t packet_scratch(const CombineArgs& a) {
+  return sum_bytes(plan_sums(a, [&](int64_t l) { return wide(a, l); }));
+}
+
+// The same for packets.
 static int combine_packets(const CombineArgs& a) {
   const auto is_wide = [&](int64_t l) { return wide(a, l); };
   return sum_packets(a, is_wide, [&](int64_t l, int64_t offset, int64_t m, auto* sums) {
@@ -237,6 +242,8 @@ static int packet_step(const StepArgs& a, int64_t layer, int64_t offset, int64_t
   const CombineArgs& s = a.sum;
   T* const d = rounded;
   const int flags = s.check || s.accumulate == ACC_REPRODUCIBLE ? finite_flag(sums, m) : 0;
+  if (a.new_sum)
+    __builtin_memcpy(static_cast<Acc*>(a.new_sum[layer]) + offset, sums, size_t(m) * sizeof(Acc));
   write_out<sizeof(T) == 4 ? F32 : F64>(sums, m, s.divisor, d, 0);
   if (a.noise_std != 0) add_noise(a, layer, offset, d, m);
   return flags | (step_tile(a, layer, offset, d, m) & (s.check ? ~0 : ~STEP_NONFINITE));
@@ -314,6 +321,7 @@ static void nonfinite(const FiniteArgs& a) {
 
 extern const CombineFns FLCORE_TABLE(combine);
 const CombineFns FLCORE_TABLE(combine) = {&FLCORE_ISA::combine, &FLCORE_ISA::nonfinite,
-                                          &FLCORE_ISA::combine_rows, &FLCORE_ISA::combine_step};
+                                          &FLCORE_ISA::combine_rows, &FLCORE_ISA::combine_step,
+                                          &FLCORE_ISA::packet_scratch};
 
 }  // namespace flcore

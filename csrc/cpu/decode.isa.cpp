@@ -172,22 +172,26 @@ struct alignas(64) Block {
   float d[PIECE], work[DECODE_WORK];
 };
 
+void add_part(const DecodeArgs& x, int64_t begin, int64_t end) {
+  Block block;
+  for (int64_t p = 0; p < x.packets;) {
+    if (x.views[p].codec == CODEC_SPARSE) {
+      walk_sparse<true>(x, x.views[p++], begin / SPARSE_TILE);
+      continue;
+    }
+    const int64_t first = p;
+    while (p < x.packets && x.views[p].codec != CODEC_SPARSE) ++p;
+    add_run(x, first, p, begin, end, block.d, block.work);
+  }
+}
+
 void add(const DecodeArgs& x) {
   bool sparse = false;
   for (int64_t p = 0; p < x.packets; ++p) sparse |= x.views[p].codec == CODEC_SPARSE;
   const int64_t size = sparse ? SPARSE_TILE : SPARSE_TILE / 2;
   for_chunks((x.numel + size - 1) / size, x.threads, [&](int64_t chunk) {
-    Block block;
     const int64_t begin = chunk * size, end = begin + size < x.numel ? begin + size : x.numel;
-    for (int64_t p = 0; p < x.packets;) {
-      if (x.views[p].codec == CODEC_SPARSE) {
-        walk_sparse<true>(x, x.views[p++], chunk);
-        continue;
-      }
-      const int64_t first = p;
-      while (p < x.packets && x.views[p].codec != CODEC_SPARSE) ++p;
-      add_run(x, first, p, begin, end, block.d, block.work);
-    }
+    add_part(x, begin, end);
   });
 }
 
@@ -228,6 +232,7 @@ void rows(const PacketView* views, int64_t n, int64_t begin, int64_t count, floa
 }  // namespace FLCORE_ISA
 
 extern const DecodeFns FLCORE_TABLE(decode);
-const DecodeFns FLCORE_TABLE(decode) = {&FLCORE_ISA::add, &FLCORE_ISA::dense, &FLCORE_ISA::rows};
+const DecodeFns FLCORE_TABLE(decode) = {&FLCORE_ISA::add, &FLCORE_ISA::dense, &FLCORE_ISA::rows,
+                                        &FLCORE_ISA::add_part};
 
 }  // namespace flcore

@@ -80,73 +80,119 @@ FLCORE_INLINE vi32 feedback_larger(const vi32& x, const vi32& y) { return x > y 
 FLCORE_INLINE int32_t feedback_larger(int32_t x, int32_t y) { return x > y ? x : y; }
 
 // SAME: a and b are equal, hence t and u, and t is left out.
-template <bool E, bool H, bool V, bool SAME, class T, class K>
-FLCORE_INLINE void feedback_form(const FeedbackArgs& x, const float* g, const float* e,
-                                 const float* h, const float* v, const FeedbackBuffers& to,
-                                 int64_t i, K& top) {
-  T s = load<T>(g + i);
-  if constexpr (V) {
-    s = x.p * load<T>(v + i) + x.q * s;
-    store(to.s + i, s);
-  }
-  T t = s, u = s;
-  if constexpr (E) {
-    const T ev = load<T>(e + i);
-    if constexpr (!SAME) t = x.b * ev + s;
-    u = x.a * ev + s;
-  }
-  if constexpr (H) {
-    const T hv = load<T>(h + i);
-    if constexpr (!SAME) t = t - hv;
-    u = u - hv;
-  }
-  if constexpr (E && !SAME) store(to.t + i, t);
-  if constexpr (E || H) store(to.u + i, u);
-  top = feedback_larger(top, feedback_key(u));
-  if constexpr (!SAME) top = feedback_larger(top, feedback_key(t));
+// Where s, t and u come from, at the first coordinate of a block; what is not kept is null.
+struct FeedbackSources {
+  const float *g, *e, *h, *v;
+};
+
+static FeedbackSources feedback_sources(const FeedbackArgs& x, int64_t begin, int64_t count,
+                                        int64_t& layer, const FeedbackBuffers& to) {
+  return {feedback_gradient(x, begin, count, layer, to.g),
+          x.e ? feedback_state(x, x.e, begin, count, to.e) : nullptr, x.h ? x.h + begin : nullptr,
+          x.v ? feedback_state(x, x.v, begin, count, to.v) : nullptr};
 }
 
-template <bool E, bool H, bool V, bool SAME>
-static bool feedback_block(const FeedbackArgs& x, const float* g, const float* e, const float* h,
-                           const float* v, const FeedbackBuffers& to, int64_t count) {
+// What a client keeps; SAME: t and u agree.
+template <bool E_, bool H_, bool V_, bool SAME_>
+struct FeedbackKind {
+  static constexpr bool E = E_, H = H_, V = V_, SAME = SAME_;
+};
+
+template <class T>
+struct FeedbackValues {
+  T s, t, u;
+};
+
+template <class Kind, class T>
+FLCORE_INLINE FeedbackValues<T> feedback_values(const FeedbackArgs& x, const FeedbackSources& from,
+                                                int64_t i) {
+  T s = load<T>(from.g + i);
+  if constexpr (Kind::V) s = x.p * load<T>(from.v + i) + x.q * s;
+  T t = s, u = s;
+  if constexpr (Kind::E) {
+    const T e = load<T>(from.e + i);
+    t = x.b * e + s;
+    u = Kind::SAME ? t : x.a * e + s;
+  }
+  if constexpr (Kind::H) {
+    const T h = load<T>(from.h + i);
+    t = t - h;
+    u = Kind::SAME ? t : u - h;
+  }
+  return {s, t, u};
+}
+
+template <class Kind, class Visit>
+FLCORE_INLINE bool feedback_each(const FeedbackArgs& x, const FeedbackSources& from, int64_t head,
+                                 int64_t count, Visit& visit) {
   vi32 tops = {};
   int32_t top = 0;
+  const auto one = [&](int64_t i) FLCORE_LAMBDA {
+    const FeedbackValues<float> values = feedback_values<Kind, float>(x, from, i);
+    top = feedback_larger(top, feedback_key(values.u));
+    if constexpr (!Kind::SAME) top = feedback_larger(top, feedback_key(values.t));
+    visit.template one<Kind>(i, values);
+  };
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES)
-    feedback_form<E, H, V, SAME, vf32>(x, g, e, h, v, to, i, tops);
-  for (; i < count; ++i) feedback_form<E, H, V, SAME, float>(x, g, e, h, v, to, i, top);
+  for (; i < head && i < count; ++i) one(i);
+  for (; i + LANES <= count; i += LANES) {
+    const FeedbackValues<vf32> values = feedback_values<Kind, vf32>(x, from, i);
+    tops = feedback_larger(tops, feedback_key(values.u));
+    if constexpr (!Kind::SAME) tops = feedback_larger(tops, feedback_key(values.t));
+    visit.template many<Kind>(i, values);
+  }
+  for (; i < count; ++i) one(i);
   for (int k = 0; k < LANES; ++k) top = feedback_larger(top, tops[k]);
   return uint32_t(top) < 0x7f800000u;
 }
 
-template <bool E, bool SAME>
-static bool feedback_block(const FeedbackArgs& x, const float* g, const float* e, const float* h,
-                           const float* v, const FeedbackBuffers& to, int64_t count) {
-  if (h)
-    return v ? feedback_block<E, true, true, SAME>(x, g, e, h, v, to, count)
-             : feedback_block<E, true, false, SAME>(x, g, e, h, v, to, count);
-  return v ? feedback_block<E, false, true, SAME>(x, g, e, h, v, to, count)
-           : feedback_block<E, false, false, SAME>(x, g, e, h, v, to, count);
+// Calls visit.one<Kind>(i, values) for the first `head` of `count` coordinates and for those left
+// over, visit.many<Kind>(i, values) for LANES at a time between; false when t or u is not finite
+// somewhere.
+template <class Visit>
+static bool feedback_visit(const FeedbackArgs& x, const FeedbackSources& from, int64_t head,
+                           int64_t count, Visit& visit) {
+  const auto run = [&](auto e, auto same) {
+    constexpr bool E = decltype(e)::value, SAME = decltype(same)::value;
+    if (from.h)
+      return from.v ? feedback_each<FeedbackKind<E, true, true, SAME>>(x, from, head, count, visit)
+                    : feedback_each<FeedbackKind<E, true, false, SAME>>(x, from, head, count, visit);
+    return from.v ? feedback_each<FeedbackKind<E, false, true, SAME>>(x, from, head, count, visit)
+                  : feedback_each<FeedbackKind<E, false, false, SAME>>(x, from, head, count, visit);
+  };
+  if (!from.e) return run(Const<0>(), Const<1>());
+  return x.a == x.b ? run(Const<1>(), Const<1>()) : run(Const<1>(), Const<0>());
 }
+
+struct FeedbackLoad {
+  FeedbackBuffers to;
+
+  template <class Kind, class T>
+  FLCORE_MEMBER void put(int64_t i, const FeedbackValues<T>& values) {
+    if constexpr (Kind::V) store(to.s + i, values.s);
+    if constexpr (Kind::E && !Kind::SAME) store(to.t + i, values.t);
+    if constexpr (Kind::E || Kind::H) store(to.u + i, values.u);
+  }
+  template <class Kind>
+  FLCORE_MEMBER void one(int64_t i, const FeedbackValues<float>& values) {
+    put<Kind>(i, values);
+  }
+  template <class Kind>
+  FLCORE_MEMBER void many(int64_t i, const FeedbackValues<vf32>& values) {
+    put<Kind>(i, values);
+  }
+};
 
 // s, t and u of coordinates [begin, begin + count).
 static FeedbackBlock feedback_load(const FeedbackArgs& x, int64_t begin, int64_t count,
                                    int64_t& layer, const FeedbackBuffers& to) {
-  const float* g = feedback_gradient(x, begin, count, layer, to.g);
-  const float* e = x.e ? feedback_state(x, x.e, begin, count, to.e) : nullptr;
-  const float* v = x.v ? feedback_state(x, x.v, begin, count, to.v) : nullptr;
-  const float* h = x.h ? x.h + begin : nullptr;
+  const FeedbackSources from = feedback_sources(x, begin, count, layer, to);
+  FeedbackLoad load = {to};
   FeedbackBlock block;
-  const bool same = !e || x.a == x.b;
-  if (!e)
-    block.finite = feedback_block<false, true>(x, g, e, h, v, to, count);
-  else if (same)
-    block.finite = feedback_block<true, true>(x, g, e, h, v, to, count);
-  else
-    block.finite = feedback_block<true, false>(x, g, e, h, v, to, count);
-  block.s = v ? to.s : g;
-  block.u = e || h ? to.u : block.s;
-  block.t = same ? block.u : to.t;
+  block.finite = feedback_visit(x, from, 0, count, load);
+  block.s = from.v ? to.s : from.g;
+  block.u = from.e || from.h ? to.u : block.s;
+  block.t = from.e && x.a != x.b ? to.t : block.u;
   return block;
 }
 

@@ -41,24 +41,34 @@ FLCORE_INLINE int32_t bin_of(uint32_t key, int shift, int width, int prefix) {
   return int(key >> (shift + width)) == prefix ? int(key >> shift) & ((1 << width) - 1) : SPARE;
 }
 
+struct HistogramVisit {
+  int32_t* bins;
+  int shift, width, prefix;
+
+  template <class Kind>
+  FLCORE_MEMBER void one(int64_t i, const FeedbackValues<float>& x) {
+    bins[i] = bin_of(key_of(x.u), shift, width, prefix);
+  }
+  template <class Kind>
+  FLCORE_MEMBER void many(int64_t i, const FeedbackValues<vf32>& x) {
+    store(bins + i, bin_of(key_of(x.u), shift, width, prefix));
+  }
+};
+
 static bool histogram_piece(const FeedbackArgs& x, const SparsePiece& piece, int level,
                             uint32_t prefix, uint32_t* out) {
-  const int shift = SPARSIFY_SHIFT[level], width = SPARSIFY_WIDTH[level];
   uint16_t counts[COPIES][SPARSIFY_BINS + 8];  // a tile gives one copy at most 16,384 + 1024
   __builtin_memset(counts, 0, sizeof(counts));
   alignas(64) float memory[FEEDBACK_PARTS * BLOCK];
   const FeedbackBuffers buffers = feedback_buffers(memory, BLOCK);
   int32_t bins[BLOCK];
+  HistogramVisit visit = {bins, SPARSIFY_SHIFT[level], SPARSIFY_WIDTH[level], int(prefix)};
   int64_t layer = find_layer(x.starts, x.layers, piece.begin);
   for (int64_t at = piece.begin; at < piece.end; at += BLOCK) {
     const int64_t count = at + BLOCK < piece.end ? BLOCK : piece.end - at;
-    const FeedbackBlock block = feedback_load(x, at, count, layer, buffers);
-    if (!block.finite) return false;
-    int64_t i = 0, j = 0;
-    for (; i + LANES <= count; i += LANES)
-      store(bins + i, bin_of(key_of(load<vf32>(block.u + i)), shift, width, int(prefix)));
-    for (; i < count; ++i)
-      bins[i] = bin_of(key_of(load<float>(block.u + i)), shift, width, int(prefix));
+    const FeedbackSources from = feedback_sources(x, at, count, layer, buffers);
+    if (!feedback_visit(x, from, 0, count, visit)) return false;
+    int64_t j = 0;
     for (; j + COPIES <= count; j += COPIES)
       for (int c = 0; c < COPIES; ++c) ++counts[c][bins[j + c]];
     for (; j < count; ++j) ++counts[0][bins[j]];
@@ -83,6 +93,52 @@ bool histogram(const FeedbackArgs& x, const SparsePieces& pieces, int level,
 
 // ---- sweep ------------------------------------------------------------------------------------
 
+// Takes candidates and writes float32 state while u is in registers.
+struct SweepVisit {
+  float *e, *v;         // new state of the stretch's first coordinate
+  bool fresh_e, fresh_v;  // past the caches; whole lines
+  int32_t first;        // local index of the stretch's first coordinate
+  Choice& choice;
+  EntryList& list;
+
+  template <class Kind>
+  FLCORE_MEMBER void one(int64_t i, const FeedbackValues<float>& x) {
+    if constexpr (Kind::E) e[i] = x.t;
+    if constexpr (Kind::V) v[i] = x.s;
+    if (choice.one(key_of(x.u))) list.put(first + int32_t(i), x.u, x.t);
+  }
+  template <class Kind>
+  FLCORE_MEMBER void many(int64_t i, const FeedbackValues<vf32>& x) {
+    if constexpr (Kind::E) put(e + i, x.t, fresh_e);
+    if constexpr (Kind::V) put(v + i, x.s, fresh_v);
+    if (const uint32_t mask = choice.lanes(key_of(x.u)))
+      list.push(mask, lane_numbers() + (first + int32_t(i)), x.u, x.t);
+  }
+
+ private:
+  FLCORE_MEMBER static void put(float* to, const vf32& x, bool fresh) {
+    if (fresh)
+      stream(to, x);
+    else
+      store(to, x);
+  }
+};
+
+// Floats up to the next cache line.
+FLCORE_INLINE int64_t to_line(const float* p) {
+  return int64_t(-(reinterpret_cast<uintptr_t>(p) / 4) & 15u);
+}
+
+static bool sweep_stretch(const FeedbackArgs& x, const FeedbackSources& from, int64_t at,
+                          int64_t count, int64_t base, Choice& choice, EntryList& list) {
+  float* e = x.e_new ? static_cast<float*>(x.e_new) + at : nullptr;
+  float* v = x.v_new ? static_cast<float*>(x.v_new) + at : nullptr;
+  const int64_t head = e ? to_line(e) : v ? to_line(v) : 0;
+  SweepVisit visit = {e, v, x.e_new != x.e, x.v_new != x.v && to_line(v) == head,
+                      int32_t(at - base), choice, list};
+  return feedback_visit(x, from, head, count, visit);
+}
+
 static int sweep_piece(const FeedbackArgs& x, const SparsePiece& piece, uint32_t cut,
                        int64_t quota, EntryList& list) {
   alignas(64) float memory[FEEDBACK_PARTS * BLOCK];
@@ -90,13 +146,23 @@ static int sweep_piece(const FeedbackArgs& x, const SparsePiece& piece, uint32_t
   const int64_t base = tile_start(piece.begin);
   Choice choice = {int32_t(cut), quota};
   int64_t layer = find_layer(x.starts, x.layers, piece.begin);
-  for (int64_t at = piece.begin; at < piece.end; at += BLOCK) {
-    const int64_t count = at + BLOCK < piece.end ? BLOCK : piece.end - at;
-    const FeedbackBlock block = feedback_load(x, at, count, layer, buffers);
-    if (!block.finite) return SWEEP_NONFINITE;
-    choose(block.u, x.e ? block.t : nullptr, count, int32_t(at - base), choice, list);
+  for (int64_t at = piece.begin, count; at < piece.end; at += count) {
+    while (at >= x.starts[layer + 1]) ++layer;
+    count = piece.end - at < BLOCK ? piece.end - at : BLOCK;
+    bool finite;
+    if (x.state_dtype == F32) {
+      const int64_t left = x.starts[layer + 1] - at;
+      if (x.dtype[layer] == F32 && left > BLOCK) count = left < piece.end - at ? left : piece.end - at;
+      finite = sweep_stretch(x, feedback_sources(x, at, count, layer, buffers), at, count, base,
+                             choice, list);
+    } else {
+      const FeedbackBlock block = feedback_load(x, at, count, layer, buffers);
+      finite = block.finite;
+      choose(block.u, x.e ? block.t : nullptr, count, int32_t(at - base), choice, list);
+      if (finite) feedback_store(x, at, count, block, nullptr, buffers.t);
+    }
+    if (!finite) return SWEEP_NONFINITE;
     if (list.full) return SWEEP_FULL;
-    feedback_store(x, at, count, block, nullptr, buffers.t);
   }
   return 0;
 }

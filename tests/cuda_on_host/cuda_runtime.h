@@ -1,7 +1,7 @@
 // A CUDA runtime for processors: enough of it to compile kernels/*.cu as C++ and run their threads
 // one after another, so that indices, barriers and arithmetic are tested where there is no GPU.
-// Threads of a block are fibers that give way at __syncthreads; their order can be reversed, which
-// shows a barrier that is missing. What runs at the same time, caches and timing are not modelled.
+// Threads of a block are fibers that give way at __syncthreads and where a warp exchanges values; their
+// order can be reversed, which shows a barrier that is missing. What runs at the same time, caches and timing are not modelled.
 #pragma once
 
 #include <algorithm>
@@ -55,6 +55,7 @@ inline const void* asked_by = nullptr;
 extern char* shared;  // of the running block, and 4096 bytes more
 void run_block(const std::function<void()>& body);
 void wait();
+const uint64_t* exchange(uint64_t value);  // the values that the 32 threads of the warp gave
 }  // namespace on_host
 
 inline cudaError_t cudaGetLastError() {
@@ -108,6 +109,21 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncthreads() { on_host::wait(); }
 
+// ---- exchange within a warp, all 32 threads ----------------------------------------------------
+
+inline unsigned __ballot_sync(unsigned, bool bit) {
+  const uint64_t* bits = on_host::exchange(bit);
+  unsigned word = 0;
+  for (int lane = 0; lane < 32; ++lane) word |= unsigned(bits[lane]) << lane;
+  return word;
+}
+inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned apart) {
+  const unsigned lane = threadIdx.x % 32;
+  return unsigned(on_host::exchange(value)[lane < apart ? lane : lane - apart]);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 // ---- memory ------------------------------------------------------------------------------------
 
 template <class T>
@@ -124,6 +140,17 @@ inline int atomicOr(int* p, int bits) {
   *p |= bits;
   return before;
 }
+template <class T>
+T atomicAdd(T* p, T x) {
+  const T before = *p;
+  *p += x;
+  return before;
+}
+inline unsigned atomicMax(unsigned* p, unsigned x) {
+  const unsigned before = *p;
+  *p = max(*p, x);
+  return before;
+}
 
 // ---- arithmetic: one rounding each (compile with -ffp-contract=off) ----------------------------
 
@@ -131,6 +158,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
@@ -147,6 +175,7 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
+inline float __double2float_rn(double x) { return float(x); }
 inline float __double2float_rz(double x) {
   const float nearest = float(x);
   return std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;

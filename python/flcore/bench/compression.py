@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flcore.bench import compression_peers as peers
-from flcore.bench import rotated
+from flcore.bench import float_codecs, rotated
 from flcore.bench.cases import Case, Setup, Workload, difference
 from flcore.bench.timers import Contestant
 
@@ -166,4 +166,5 @@ CASES = [
         "The index-wise peers start from decoded arrays: reading packets costs them nothing.",
     ),
     *rotated.CASES,
+    *float_codecs.CASES,
 ]

@@ -94,7 +94,7 @@ def build_server_step(setup: Setup, *, clients: int, numel: int) -> Workload:
     packets = _packets(setup, AbsMax(8, bucket=BUCKET), clients, numel)
     total = np.zeros(numel, np.float32)
 
-    def contestant(name: str, updates: Callable[[], list[Any]], **kind: str) -> Contestant:
+    def contestant(name: str, kind: str, updates: Callable[[], list[Any]]) -> Contestant:
         server = FedAvgM(lr=0.5, momentum=0.9)
         models = [np.zeros(numel, np.float32) for _ in range(2)]
 
@@ -106,7 +106,7 @@ def build_server_step(setup: Setup, *, clients: int, numel: int) -> Workload:
             server.reset()
             models[0][:] = 0
 
-        return Contestant(name, step, reset=reset, **kind)
+        return Contestant(name, step, reset=reset, kind=kind)
 
     def mean_of_packets() -> list[Any]:
         total.fill(0)
@@ -116,8 +116,8 @@ def build_server_step(setup: Setup, *, clients: int, numel: int) -> Workload:
     allowed = (clients + 4) * 2.0**-24 * np.abs(mean).max() * 8
     return Workload(
         contestants=[
-            contestant("flcore step from packets", lambda: packets, kind="ours"),
-            contestant("flcore decode_add, then step", mean_of_packets),
+            contestant("flcore step from packets", "ours", lambda: packets),
+            contestant("flcore decode_add, then step", "peer", mean_of_packets),
         ],
         matches=lambda slot, result: difference(result, 0.5 * mean, allowed),
         bytes_moved=sum(p.nbytes for p in packets) + 16 * numel,

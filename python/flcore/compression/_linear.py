@@ -139,8 +139,9 @@ class Ternary(_LinearCodec):
     bucket : int
         Coordinates that share a scale, 1 to 65,536.
     clip : float or None
-        Cut magnitudes at this many standard deviations of the bucket first (the paper: 2.5): far
-        less variance, but then unbiased only for the values cut.
+        Cut magnitudes at this many root mean squares of the bucket first: far less variance, but
+        then unbiased only for the cut values. The paper takes 2.5 standard deviations, the same
+        for values around 0; about 0, so that a bucket of equal values is not cut to nothing.
     packing : {"trits", "bits"}
         Five codes a byte (1.6 bits a coordinate) or four (2 bits, faster).
     scale_dtype : {"float32", "bfloat16"}

@@ -35,7 +35,7 @@ def combine_packets(
     targets, writes_through = _targets(rows.results, rows.arrays, out, rows.layout, nonfinite)
     flags = _variants.choose("combine_packets", "cpu", variant)(
         rows.take(active),
-        np.broadcast_to(w[active], (len(active), len(rows.layers))),
+        w[active],
         layers=rows.layers,
         state=None,
         out=targets,
@@ -61,11 +61,12 @@ def _combine_packets_cpu(
     divisor: float,
     check: bool,
 ) -> int:
-    """csrc/cpu/packet_sums.h; `weights` (n, layers)."""
+    """csrc/cpu/packet_sums.h; `weights` (n, 1) or (n, layers)."""
     numel = [v.numel for v in layers]
     return _native.core.combine_packets(
         rows.native,
         weights.reshape(-1).tolist(),
+        weights.shape[1] > 1,
         numel,
         [v.code for v in out],
         [v.ptr for v in out],
@@ -76,12 +77,16 @@ def _combine_packets_cpu(
     )
 
 
-_variants.add(
-    "combine_packets", "cpu", _variants.lazy(__name__, "_combine_packets_cpu"), _variants.cpu_only
-)
-_variants.add(
-    "combine_packets",
-    "reference",
-    lambda: by_reference(_variants.lazy("flcore.reference.combine", "combine_scaled")()),
-    _variants.cpu_only,
-)
+def _combine_packets_reference() -> Any:
+    from flcore.reference.combine import combine_scaled
+
+    run = by_reference(combine_scaled)
+
+    def combine(rows: PacketRows, weights: np.ndarray, **options: Any) -> int:
+        return run(rows, np.broadcast_to(weights, (len(rows), len(rows.layers))), **options)
+
+    return combine
+
+
+_variants.add("combine_packets", "cpu", lambda: _combine_packets_cpu, _variants.cpu_only)
+_variants.add("combine_packets", "reference", _combine_packets_reference, _variants.cpu_only)

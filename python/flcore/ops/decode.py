@@ -107,7 +107,7 @@ def decode_add_into(
     weights : numbers, one a packet
         Finite, any sign.
     out : sequence of arrays
-        The layers of the accumulator, float32 or float64, writable, NumPy or torch on the CPU.
+        The layers of the accumulator, float32 or float64, writable, NumPy or torch; all on one device.
         Coordinates count through the layers in order.
 
     Raises
@@ -220,3 +220,6 @@ def _flat(v: View) -> np.ndarray:
 
 _variants.add("decode", "cpu", lambda: _cpu, _variants.cpu_only)
 _variants.add("decode", "reference", lambda: _reference, _variants.cpu_only)
+_variants.add(
+    "decode", "cuda", _variants.lazy("flcore.ops._decode_cuda", "decode"), _variants.needs_cuda
+)

@@ -27,6 +27,9 @@ MEASURES: dict[str, dict[str, int]] = {
 }
 """How a codec can find its scales, by name; the first is the default."""
 
+NEAR = 2048
+"""Coordinates that stay in the fast caches with all that is made of them; whole bytes of codes."""
+
 MAX_NUMEL = 2**35
 """Coordinates that have random bits of their own."""
 
@@ -80,16 +83,16 @@ def quantize(
     levels : int, optional
         Uniform codec: positive levels in use, 1 to 2**(bits - 1) - 1, which is the default.
     clip : float
-        Ternary codec: magnitudes above `clip` standard deviations of the bucket are cut; 0: none.
+        Ternary codec: magnitudes above `clip` root mean squares of the bucket are cut; 0: none.
     state : State, optional
         Moved on.
     round, seed, epoch, flags : int
         Header fields; FLAG_CHECKSUM is always set.
     tensors : bytes
         A tensor table of `flcore.reference.wire_writer.pack_tensors`, or nothing.
-    variant : {"reference", "cpu", "triton"}, optional
+    variant : {"reference", "cpu", "cuda", "triton"}, optional
         Which implementation runs; "triton" has the codecs sign, uniform, affine, ternary and
-        minifloat with buckets up to 8192.
+        minifloat with buckets up to 8192, "cuda" has rotated.
 
     Returns
     -------
@@ -140,7 +143,8 @@ def quantize(
     device = next((v.device for v in views if v.device != "cpu"), "cpu")
     if state is not None:
         state.check(numel, device)
-    packet = _variants.choose("quantize", device, variant)(
+    op = "rotate" if codec == "rotated" else "quantize"  # they have other variants on a GPU
+    packet = _variants.choose(op, device, variant)(
         views,
         settings,
         state,
@@ -253,6 +257,11 @@ def packet_frame(s: Settings, numel: int, fields: dict[str, Any]) -> Any:
     )
 
 
+def _near_bucket(s: Settings) -> int:
+    """Return the bucket that the kernel works in: codes without scales are the same in any."""
+    return s.bucket if wire_bucket.scales_per_bucket(s.codec) or s.bucket % NEAR else NEAR
+
+
 def _cpu(
     views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
 ) -> np.ndarray | None:
@@ -269,7 +278,7 @@ def _cpu(
         codec=wire.CODECS[s.codec],
         form=s.form,
         bits=s.bits,
-        bucket=s.bucket,
+        bucket=_near_bucket(s),
         scale_dtype=wire_frame.VALUE_CODES[s.values],
         measure=s.measure,
         stochastic=s.stochastic,
@@ -303,4 +312,9 @@ _variants.add(
     "triton",
     _variants.lazy("flcore.ops._quantize_triton", "quantize"),
     _variants.needs_triton,
+)
+_variants.add("rotate", "cpu", lambda: _cpu, _variants.cpu_only)
+_variants.add("rotate", "reference", lambda: _reference, _variants.cpu_only)
+_variants.add(
+    "rotate", "cuda", _variants.lazy("flcore.ops._rotate_cuda", "quantize"), _variants.needs_cuda
 )

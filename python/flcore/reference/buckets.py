@@ -55,7 +55,7 @@ class Settings:
     levels : int
         Uniform codec: positive levels in use.
     clip : float
-        Ternary codec: standard deviations at which magnitudes are cut, or 0.
+        Ternary codec: magnitudes are cut at this many root mean squares of the bucket; 0: not.
     seed, round : int
         Of the header.
     extra : object

@@ -79,10 +79,7 @@ def _uniform(u: np.ndarray, s: Settings, r: np.ndarray | None) -> tuple[np.ndarr
 def _ternary(u: np.ndarray, s: Settings, r: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     a = np.abs(u).max(1)
     if s.clip > 0:
-        n = u.shape[1]
-        mean = lane_sum(u.astype(np.float64)) / n
-        var = _norm_squared(u) / n - mean * mean
-        bound = _column(s.clip * np.sqrt(np.maximum(var, 0)))[:, 0]
+        bound = _column(s.clip * np.sqrt(_norm_squared(u) / u.shape[1]))[:, 0]
         a = np.minimum(a, bound)
     a = buckets.scale_values(_column(a), buckets.scale_limit(2), s.values)
     return a, _grid(u, np.float32(0), a, -1, 1, r) + 1
