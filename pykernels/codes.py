@@ -152,7 +152,7 @@ def lane_sum(
 
 @triton.jit
 def wire_scale(x, limit, S: tl.constexpr):
-    """Return x >= 0 as it is read from the wire: 0 or normal, bfloat16 (S) rounded up, up to limit."""
+    """Return x >= 0 as the wire has it: 0 or normal, bfloat16 (S) rounded up, at most limit."""
     x = tl.minimum(tl.where(x > 0, tl.maximum(x, TINY), x), limit)
     if S == BF16:
         up = (bits_of(x) + 0xFFFF) & -65536
@@ -176,7 +176,7 @@ def store_scale(scales_ptr, index, x, keep, S: tl.constexpr):
 def to_grid(
     x, unit, random, LEAST: tl.constexpr, LEVELS: tl.constexpr, STOCHASTIC: tl.constexpr
 ):  # fmt: skip
-    """Return x times 1 / unit as a whole number in LEAST .. LEVELS, half to even or floor(y + r)."""
+    """Return x times 1 / unit, whole and in LEAST .. LEVELS, half to even or floor(y + r)."""
     inverse = tl.div_rn(tl.zeros_like(unit) + 1.0, tl.where(unit > 0, unit, 1.0))
     y = x * tl.where(unit > 0, inverse, 0.0)  # a bucket of one value: everything is 0
     y = tl.minimum(tl.maximum(y, LEAST), LEVELS)

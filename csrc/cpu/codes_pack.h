@@ -170,14 +170,23 @@ static inline void pack_trits(const uint8_t* trits, int64_t n, uint8_t* out) {
   *out = uint8_t(byte);
 }
 
-// The n trits that follow the first `skip`
+struct TritTable {
+  uint64_t at[256];  // the five trits of a byte, one a byte, and three bytes of 0
+};
+constexpr TritTable make_trit_table() {
+  TritTable table{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int k = 0, rest = byte; k < 5; ++k, rest /= 3)
+      table.at[byte] |= uint64_t(rest % 3) << (8 * k);
+  return table;
+}
+constexpr TritTable TRITS = make_trit_table();
+
+// The n trits that follow the first `skip` begin at trits + skip % 5; what is written ends less than
+// 16 bytes after the last of them.
 static inline void unpack_trits(const uint8_t* in, int64_t skip, int64_t n, uint8_t* trits) {
   in += skip / 5;
-  for (int64_t i = -(skip % 5); i < n; ++in) {
-    int byte = *in;
-    for (int k = 0; k < 5; ++k, ++i, byte /= 3)
-      if (i >= 0 && i < n) trits[i] = uint8_t(byte % 3);
-  }
+  for (int64_t i = 0; i < n + skip % 5; i += 5) store(trits + i, TRITS.at[*in++]);
 }
 
 }  // namespace FLCORE_ISA

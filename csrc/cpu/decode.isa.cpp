@@ -16,9 +16,9 @@
 #include "cpu/codes_rotated.h"
 #include "cpu/codes_thc.h"
 #include "cpu/decode_linear.h"
-#include "cpu/decode_sparse.h"
 #include "cpu/decode_low_rank.h"
 #include "cpu/decode_sketch.h"
+#include "cpu/decode_sparse.h"
 #include "cpu/layers.h"
 #include "cpu/vec.h"
 

@@ -106,7 +106,7 @@ static void walk_linear(const PacketView& p, const Segment& s, float weight, flo
   const uint8_t* each = codes + s.begin;
   if (p.codec == CODEC_TERNARY && p.form == 1) {
     unpack_trits(codes, s.begin, s.n, bytes);
-    each = bytes;
+    each = bytes + s.begin % 5;
   } else if (p.bits != 8) {
     const int64_t skip = s.begin % 8;
     unpack_codes(p.bits, codes + s.begin / 8 * p.bits, s.n + skip, bytes);

@@ -4,8 +4,14 @@ import pytest
 
 from flcore.bench import select
 
+CASES = [
+    case
+    for name in ("econtrol_top1_10m", "econtrol_first_top1_10m", "top1_10m")
+    for case in select(name)
+]
+
 
 @pytest.mark.parametrize("who", ["flcore", "numpy", "torch"])
-@pytest.mark.parametrize("case", select("econtrol_top1_10m"), ids=lambda case: case.name)
-def bench_econtrol_encode(case, who, track):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def bench_encode(case, who, track):
     track(case, who)

@@ -37,6 +37,7 @@ FAMILIES = {
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
     "server": "flcore.bench.server_step",
+    "sparse": "flcore.bench.sparse",
 }
 
 

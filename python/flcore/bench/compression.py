@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from flcore.bench import compression_peers as peers
-from flcore.bench import float_codecs, rotated
+from flcore.bench import float_codecs, quantize, rotated
 from flcore.bench.cases import Case, Setup, Workload, difference
 from flcore.bench.timers import Contestant
 
-__all__ = ["CASES", "build_decode_add", "build_econtrol", "top_k"]
+__all__ = ["CASES", "build_decode_add", "build_econtrol", "build_top_k", "top_k"]
 
 # Different gradients for the error memory to meet in turn; the state makes the data cold anyway.
 GRADIENTS = 3
@@ -66,35 +66,109 @@ def _same_but_for_ties(
     return matches
 
 
-def build_econtrol(setup: Setup, *, numel: int, ratio: float) -> Workload:
-    """One client's uplink: EControl with top-k, state in place, one packet a call."""
+def _sampled_econtrol(gradients: list[np.ndarray], k: int) -> Contestant:
+    """One pass that takes its threshold from a sample; state to a second buffer."""
+    from flcore._state import State
+    from flcore.compression import Packet, decode
+    from flcore.ops.sparsify import sparsify
+
+    numel = gradients[0].size
+    e, h, spare = (np.zeros(numel, np.float32) for _ in range(3))
+    state = State(e=e, h=h, a=k / numel, spare={"e": spare})
+
+    def reset() -> None:
+        for x in state.buffers().values():
+            x.fill(0)
+
+    return Contestant(
+        "flcore sparsify, threshold from a sample",
+        lambda slot: sparsify(gradients[slot], k=k, state=state, round=slot),
+        to_numpy=lambda packet: np.asarray(decode(Packet.from_bytes(packet))),
+        reset=reset,
+        kind="variant",
+    )
+
+
+def build_econtrol(setup: Setup, *, numel: int, ratio: float, carried: bool) -> Workload:
+    """One client's uplink: EControl with top-k, one packet a call.
+
+    `carried`: the steady state, in which an encoder knows the threshold of its last packet; else
+    every call is like the first, which does not.
+    """
     from flcore.compression import EControl, Encoder, TopK, decode
 
     rng = setup.rng()
     gradients = [rng.standard_normal(numel, dtype=np.float32) for _ in range(GRADIENTS)]
     k = round(ratio * numel)
-    encoder = Encoder(TopK(k=k), feedback=EControl(), like=gradients[0])
-    packet_bytes = encoder.encode(gradients[0], round=0, seed=0).nbytes
 
-    def encode(slot: int) -> Any:
-        return encoder.encode(gradients[slot], round=slot, seed=0)
+    def encoding(name: str, *, in_place: bool) -> Contestant:
+        codec = TopK(k=k, index="tile16")
+        encoder = Encoder(codec, EControl(), like=gradients[0], in_place=in_place)
+        return Contestant(
+            name,
+            lambda slot: encoder.encode(gradients[slot], round=slot, seed=0),
+            to_numpy=lambda packet: np.asarray(decode(packet)),
+            reset=encoder.reset,
+            kind="ours",
+        )
 
-    ours = Contestant(
-        "flcore Encoder.encode",
-        encode,
-        to_numpy=lambda packet: np.asarray(decode(packet)),
-        reset=encoder.reset,
-        kind="ours",
-    )
+    if carried:
+        ours = [encoding("flcore Encoder.encode", in_place=False)]
+    else:  # in place an encoder looks at everything before it writes, and needs no threshold
+        ours = [
+            encoding("flcore Encoder.encode, two passes", in_place=True),
+            _sampled_econtrol(gradients, k),
+        ]
+    packet_bytes = Encoder(TopK(k=k), like=gradients[0]).encode(gradients[0]).nbytes
     others, absent = peers.econtrol_peers(gradients, k, setup)
     steps = range(2)  # the second message depends on the state that the first one left
     return Workload(
-        contestants=[ours, *others],
+        contestants=[*ours, *others],
         matches=_same_but_for_ties(_econtrol_sent(gradients, k, len(steps)), k),
-        bytes_moved=16 * numel + packet_bytes,
+        bytes_moved=(16 if carried else 28) * numel + packet_bytes,
         absent=absent,
         slots=GRADIENTS,
         verify_slots=steps,
+    )
+
+
+def build_top_k(setup: Setup, *, numel: int, ratio: float) -> Workload:
+    """Select and encode the k largest of an update, without state."""
+    from flcore.compression import Packet, decode
+    from flcore.ops.sparsify import sparsify
+
+    rng = setup.rng()
+    nbytes = 4 * numel
+    updates = [
+        rng.standard_normal(numel, dtype=np.float32) for _ in range(setup.cold_slots(nbytes))
+    ]
+    k = round(ratio * numel)
+    expected = np.zeros(numel, np.float32)
+    chosen = top_k(updates[0], k)
+    expected[chosen] = updates[0][chosen]
+    known = np.zeros(1, np.uint32)
+
+    def dense(packet: np.ndarray) -> np.ndarray:
+        return np.asarray(decode(Packet.from_bytes(packet)))
+
+    contestants = [
+        Contestant(
+            "flcore sparsify", lambda slot: sparsify(updates[slot], k=k), dense, kind="ours"
+        ),
+        Contestant(
+            "flcore sparsify, threshold carried",
+            lambda slot: sparsify(updates[slot], k=k, tau=known),
+            dense,
+            kind="variant",
+        ),
+    ]
+    others, absent = peers.top_k_peers(updates, k)
+    return Workload(
+        contestants=[*contestants, *others],
+        matches=lambda slot, result: difference(result, expected, 0.0),
+        bytes_moved=nbytes + 6 * k,
+        absent=absent,
+        slots=len(updates),
     )
 
 
@@ -147,10 +221,33 @@ CASES = [
         title="EControl + top-1 %, 10,000,000 values",
         formula="16·d + packet: read e, g and h, write e; h changes at k places only",
         build=build_econtrol,
-        sizes={"numel": 10_000_000, "ratio": 0.01},
-        tiny={"numel": 40_009, "ratio": 0.01},
+        sizes={"numel": 10_000_000, "ratio": 0.01, "carried": True},
+        tiny={"numel": 80_009, "ratio": 0.01, "carried": True},
         bound="copy",
-        note="flcore writes the packet, the peers stop at index and value arrays.",
+        note="Steady state: the threshold of the last packet is known. flcore writes the packet, the "
+        "peers stop at index and value arrays.",
+    ),
+    Case(
+        name="econtrol_first_top1_10m",
+        family="compression",
+        title="EControl + top-1 %, no threshold known, 10,000,000 values",
+        formula="28·d + packet: read e, g and h twice, write e; h changes at k places only",
+        build=build_econtrol,
+        sizes={"numel": 10_000_000, "ratio": 0.01, "carried": False},
+        tiny={"numel": 80_009, "ratio": 0.01, "carried": False},
+        bound="copy",
+        note="Every call is like the first of a client. With a threshold from a sample and a second "
+        "buffer for e, 16·d bytes and the sample move.",
+    ),
+    Case(
+        name="top1_10m",
+        family="compression",
+        title="top-1 %, 10,000,000 values",
+        formula="4·d + packet: every value read once",
+        build=build_top_k,
+        sizes={"numel": 10_000_000, "ratio": 0.01},
+        tiny={"numel": 80_009, "ratio": 0.01},
+        note="flcore writes the packet, the peers stop at unordered index and value arrays.",
     ),
     Case(
         name="decode_add_32x1m_top1",
@@ -165,6 +262,7 @@ CASES = [
         note="Packets and sum stay in cache, the dense updates of `weights @ stacked` do not. "
         "The index-wise peers start from decoded arrays: reading packets costs them nothing.",
     ),
+    *quantize.CASES,
     *rotated.CASES,
     *float_codecs.CASES,
 ]

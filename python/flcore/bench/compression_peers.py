@@ -10,7 +10,7 @@ from flcore.bench.cases import Setup
 from flcore.bench.environment import BLAS_SPIN_S, optional
 from flcore.bench.timers import Contestant
 
-__all__ = ["econtrol_peers", "sparse_sum_peers"]
+__all__ = ["econtrol_peers", "sparse_sum_peers", "top_k_peers"]
 
 
 def econtrol_peers(
@@ -88,6 +88,32 @@ def _torch_econtrol(
         h.zero_()
 
     return Contestant(name, lambda slot: run(inputs[slot], e, h), _dense(numel), reset)
+
+
+def top_k_peers(updates: list[np.ndarray], k: int) -> tuple[list[Contestant], dict[str, str]]:
+    """Indices and values of the k largest magnitudes."""
+    numel = updates[0].size
+
+    def partition(slot: int) -> tuple[np.ndarray, np.ndarray]:
+        u = updates[slot]
+        index = np.argpartition(np.abs(u), numel - k)[numel - k :]
+        return index, u[index]
+
+    dense = _dense(numel)
+    contestants = [Contestant("numpy argpartition", partition, dense)]
+    name = "torch topk"
+    torch, reason = optional("torch")
+    if torch is None:
+        return contestants, {name: reason}
+    tensors = [torch.from_numpy(u) for u in updates]
+
+    def topk(slot: int) -> tuple[Any, Any]:
+        u = tensors[slot]
+        index = torch.topk(u.abs(), k, sorted=False).indices
+        return index, u[index]
+
+    contestants.append(Contestant(name, topk, dense))
+    return contestants, {}
 
 
 def sparse_sum_peers(

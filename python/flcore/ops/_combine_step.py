@@ -164,16 +164,19 @@ def step_layers(
     nonfinite: str,
     divisor: Callable[[set[int]], float],
     variant: str | None,
+    sums: tuple[list[View], list[View]] | None = None,
 ) -> tuple[Stepped, set[int]]:
     """Step along parsed rows `[n][layers]`; lists of layers in, lists of layers out.
 
     Also returns the clients that were not left out. `given`: the arrays of m, v, out, m_out, v_out
     and cast that the caller brings. `tensors`: the layers' names in the noise streams, by default
-    0, 1, ... .
+    0, 1, ... . `sums`, with packets: what their sum is added to, and where it then goes.
     """
     old = layout.views(model, "model")
     views: Any = rows
-    op, read = "combine_step_packets", []
+    op = "combine_step_packets" if sums is None else "control_step"
+    read: list[View] = []
+    more = {} if sums is None else {"sums": sums}
     if not isinstance(rows, PacketRows):
         codes = _arrays.DTYPE_CODES if scales is None else _arrays.ROW_CODES
         views = [layout.views(row, f"updates[{i}]", codes) for i, row in enumerate(rows)]
@@ -198,6 +201,7 @@ def step_layers(
             accumulate=accumulate,
             divisor=divisor(keep),
             check=nonfinite != "propagate" or accumulate == "reproducible",
+            **more,
         )
         core = _native.core
         if nonfinite == "propagate":
@@ -250,6 +254,7 @@ def _combine_step_cpu(
     accumulate: str,
     divisor: float,
     check: bool,
+    sums: tuple[Sequence[View], Sequence[View]] | None = None,
 ) -> int:
     """csrc/cpu/combine.isa.cpp and step.h.
 
@@ -286,6 +291,7 @@ def _combine_step_cpu(
         _native.threads_for(sum(numel) * (len(rows) + 2 * len(old))),
         check,
         rows.native if isinstance(rows, PacketRows) else [],
+        [] if sums is None else [[v.ptr for v in views] for views in sums],
     )
 
 
