@@ -31,7 +31,10 @@ IndexPlan empty_plan(int coding, int64_t tiles, const int64_t* starts) {
   return plan;
 }
 
+constexpr int64_t ALONE = 1 << 18;  // fewer entries are coded before a team of threads is awake
+
 IndexArgs arguments(const IndexPlan& plan, int64_t numel, const int64_t* starts, int threads) {
+  if (starts[wire::tiles(numel)] < ALONE) threads = 1;
   return {numel,
           plan.coding,
           starts,

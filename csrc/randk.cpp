@@ -10,6 +10,7 @@ namespace flcore {
 namespace {
 
 constexpr int64_t BATCH = 64;  // chunks at a time: 2 MiB of images
+constexpr int64_t ALONE = 1 << 19;  // fewer coordinates are drawn before a team of threads is awake
 
 PermuteArgs permutation(int64_t numel, uint64_t seed, uint64_t round) {
   PermuteArgs x;
@@ -50,6 +51,7 @@ Support random_support(int64_t numel, int64_t k, uint64_t seed, uint64_t round, 
   const int64_t tiles = wire::tiles(numel);
   const bool others = 2 * k > numel;  // fewer coordinates are left out than kept
   const int64_t drawn = others ? numel - k : k;
+  if (drawn < ALONE) threads = 1;
   const auto images = images_of(permutation(numel, seed, round), drawn, threads);
   std::vector<int64_t> starts(size_t(tiles) + 1, 0);
   for (uint64_t image : images) ++starts[size_t(image / SPARSE_TILE) + 1];

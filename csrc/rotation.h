@@ -1,9 +1,9 @@
-// Lloyd-Max quantisers of the standard normal distribution with 1 to 4 bits: the positive half of the
-// centroids, and the boundaries between neighbours, which lie in the middle. Shared by the CPU and the
-// CUDA kernels; reference/codes_rotated.py has the same numbers. One bit needs no scale of its own
-// (the block's scale makes up for it), so its centroid is 1 and transforms of codes are integers.
-// Max, "Quantizing for minimum distortion", IRE Trans. Inform. Theory 6, 1960; Lloyd, "Least squares
-// quantization in PCM", IEEE Trans. Inform. Theory 28, 1982.
+// Lloyd-Max quantisers of the standard normal distribution with 1 to 4 bits: the positive half of
+// the centroids, and the boundaries between neighbours, which lie in the middle. Shared by the CPU
+// and the CUDA kernels; reference/codes_rotated.py has the same numbers. One bit needs no magnitude
+// of its own (the block's scale makes up for it): its centroid is 1, transforms of codes integers.
+// Max, "Quantizing for minimum distortion", IRE Trans. Inform. Theory 6, 1960; Lloyd, "Least
+// squares quantization in PCM", IEEE Trans. Inform. Theory 28, 1982.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace flcore {
 constexpr int ROTATION_BITS = 4;            // at most
 constexpr int ROTATION_HALF = 8;            // centroids of the positive half, at most
 constexpr int64_t ROTATION_MIN_BLOCK = 256;
-constexpr float ROTATION_LARGEST = 0x1p112f;  // scales are cut here: every code decodes to a finite value
+constexpr float ROTATION_LARGEST = 0x1p112f;  // scales are cut here: decoded values are finite
 
 constexpr float ROTATION_CENTROID[ROTATION_BITS + 1][ROTATION_HALF] = {
     {},

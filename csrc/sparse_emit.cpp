@@ -1,5 +1,7 @@
 #include "sparse_emit.h"
 
+#include <cstring>
+
 #include "check.h"
 #include "indices.h"
 
@@ -63,6 +65,42 @@ int64_t sparse_emit(const FeedbackArgs& feedback, const SparseEntries& entries,
     write_indices(indices, feedback.numel, entries.starts, entries.local, feedback.threads,
                   emit.indices);
   wire::write_sparse(layout, entries.starts, packet.tensors, packet.out);
+  wire::seal(packet.out, size_t(layout.total_bytes));
+  return layout.total_bytes;
+}
+
+int64_t sparse_pack(const SparseSections& x, const SparsePacket& packet) {
+  FeedbackArgs update = {};
+  update.numel = x.numel;
+  update.threads = x.threads;
+  const int64_t tiles = wire::tiles(x.numel), k = x.starts[tiles];
+  const SparseEntries entries{x.starts, x.local, nullptr, nullptr};
+  const IndexPlan indices = choose_coding(update, entries, packet);
+  wire::Header header = packet.header;
+  header.numel = uint64_t(x.numel);
+  header.index = uint8_t(indices.coding);
+  const wire::Layout layout = wire::plan_sparse(header, k, packet.tensor_count, indices.bytes);
+  FLCORE_CHECK(packet.capacity >= layout.total_bytes, "out: expected room for ",
+               layout.total_bytes, " bytes, got ", packet.capacity);
+  const auto copy = [&](int64_t to, const void* from, int64_t bytes) {
+    if (bytes) std::memcpy(packet.out + to, from, size_t(bytes));
+  };
+  copy(layout.values_at, x.values, layout.value_bytes * k);
+  if (header.value_dtype == WIRE_INT8) copy(layout.scales_at, x.scales, 4 * tiles);
+  uint8_t* to = packet.out + layout.indices_at;
+  if (header.index == INDEX_TILE16) {
+    copy(layout.indices_at, x.local, 2 * k);
+  } else if (header.index == INDEX_BITMASK) {
+    std::memset(to, 0, size_t(x.numel + 7) / 8);
+    for (int64_t t = 0; t < tiles; ++t)
+      for (int64_t j = x.starts[t]; j < x.starts[t + 1]; ++j) {
+        const int64_t i = t * SPARSE_TILE + x.local[j];
+        to[i / 8] = uint8_t(to[i / 8] | 1u << (i % 8));
+      }
+  } else {
+    write_indices(indices, x.numel, x.starts, x.local, x.threads, to);
+  }
+  wire::write_sparse(layout, x.starts, packet.tensors, packet.out);
   wire::seal(packet.out, size_t(layout.total_bytes));
   return layout.total_bytes;
 }

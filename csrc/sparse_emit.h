@@ -32,4 +32,17 @@ struct SparsePacket {
 int64_t sparse_emit(const FeedbackArgs& feedback, const SparseEntries& entries,
                     const SparsePacket& packet);
 
+// What another memory has already encoded: values as on the wire, and a float32 scale a tile for int8.
+struct SparseSections {
+  int64_t numel;
+  const int64_t* starts;   // [tiles + 1] first entry of each tile
+  const uint16_t* local;   // [entries]
+  const uint8_t* values;
+  const uint8_t* scales;   // null except for int8
+  int threads;
+};
+
+// Writes the packet of encoded entries; returns its bytes. Throws when it does not fit.
+int64_t sparse_pack(const SparseSections& sections, const SparsePacket& packet);
+
 }  // namespace flcore

@@ -158,6 +158,7 @@ bool guess(const FeedbackArgs& x, const Selection& s, Batch& b, int& flags) {
 // Steps 1 and 2 with histograms. False when a value is not finite; nothing is written then.
 bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
   Numbers above(b.piece.size(), 0), within(b.piece.size(), 0), need(b.ranges.size());
+  Numbers quota(b.piece.size(), ANY);  // entries equal to the cut: limited where the cut is tau
   std::vector<uint32_t> prefix(b.piece.size(), 0), tau_bin(b.piece.size(), 0);
   for (size_t i = 0; i < need.size(); ++i) need[i] = s.k[b.ranges[i].segment];
   std::vector<Range> open = b.ranges;
@@ -196,6 +197,7 @@ bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
       if (reach <= 2 * s.k[r.segment] + FEW) continue;
       if (level + 1 == SPARSIFY_LEVELS) {
         share_ties(&within[size_t(r.first)], r.last - r.first, left);
+        for (int64_t p = r.first; p < r.last; ++p) quota[size_t(p)] = within[size_t(p)];
       } else {
         still.push_back(r);
         still_number.push_back(number[i]);
@@ -207,9 +209,9 @@ bool search(const FeedbackArgs& x, const Selection& s, Batch& b) {
   Numbers room(b.piece.size());
   for (size_t p = 0; p < room.size(); ++p) {
     room[p] = above[p] + within[p];
-    if (s.floor > tau_bin[p]) within[p] = ANY;  // fewer candidates than there is room, no ties
+    if (s.floor > tau_bin[p]) quota[p] = ANY;  // no ties with tau among the candidates
   }
-  FLCORE_CHECK(b.sweep(x, &within, room) == 0, "update: changed while it was read");
+  FLCORE_CHECK(b.sweep(x, &quota, room) == 0, "update: changed while it was read");
   return true;
 }
 

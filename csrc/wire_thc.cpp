@@ -1,5 +1,5 @@
-// Rules of THC packets: codes of a table that all clients share, the table, and the norms they agreed
-// on. Their codes may be added as integers, so everything else of packets that are added is equal.
+// Rules of THC packets: codes of a table that all clients share, the table, and the norms they
+// agreed on. Codes may be added as integers where all else of the packets is equal.
 #include <cmath>
 #include <cstring>
 

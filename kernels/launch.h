@@ -53,5 +53,61 @@ void launch_rotate(const QuantizeArgs& args, int32_t* flags, int device, uintptr
 // csrc/packet_image.h. Throws flcore::Error unless there is one packet when it is not added.
 void launch_decode(const DecodeArgs& args, bool add, int device, uintptr_t stream);
 
+// ---- sparsify (kernels/sparsify.cu): every address below is one of the device -------------------
+
+constexpr int64_t SPARSE_PART = 8192;
+
+struct SparsePart {  // at most SPARSE_PART coordinates of one layer, one segment, one tile
+  int64_t begin, end, segment, layer;
+};
+struct SparseParts {
+  int64_t count;           // at least 1
+  const SparsePart* part;  // in order of coordinates
+};
+struct SparseSelect {  // of a segment: what is known of its k-th largest key
+  int64_t need;    // its rank among the keys with the same leading digits
+  int64_t above;   // keys with greater ones
+  int64_t within;  // keys with the same ones, at the last level that was looked at
+  int64_t prefix;  // these digits
+};
+struct SparseList {
+  const int64_t* starts;  // [parts + 1] first entry of each part
+  uint16_t* local;        // index in the tile
+  float* u;
+  float* t;               // null without e
+};
+struct SparsePlace {  // of the chosen entries of a part
+  int64_t at;
+  uint32_t above, ties;
+};
+
+// counts: [segments][SPARSIFY_BINS], zeroed by the caller. flags[0] becomes 1: not finite.
+void launch_sparse_histogram(const FeedbackArgs& args, const SparseParts& parts, int level,
+                             const SparseSelect* select, uint32_t* counts, int32_t* flags,
+                             int device, uintptr_t stream);
+void launch_sparse_recount(const SparseParts& parts, const SparseList& candidates, int level,
+                           const SparseSelect* select, uint32_t* counts, int device,
+                           uintptr_t stream);
+// Moves on to the bin that holds the key looked for, and zeroes the counts.
+void launch_sparse_descend(int64_t segments, int level, SparseSelect* select, uint32_t* counts,
+                           int device, uintptr_t stream);
+// write: e_new <- t, v_new <- s. mask: [parts][SPARSE_PART / 32] bits of keys >= cut[segment], found:
+// [parts] how many, zeroed by the caller; or both null.
+void launch_sparse_sweep(const FeedbackArgs& args, const SparseParts& parts, const uint32_t* cut,
+                         bool write, uint32_t* mask, int32_t* found, int32_t* flags, int device,
+                         uintptr_t stream);
+void launch_sparse_gather(const FeedbackArgs& args, const SparseParts& parts, const uint32_t* mask,
+                          const SparseList& candidates, int device, uintptr_t stream);
+// The entries of each segment, whose prefix is the whole key now, to at[segment] and on. first_part:
+// [segments + 1]; place: [parts] and tiles: [tiles] entries of each tile, both zeroed by the caller.
+void launch_sparse_choose(const SparseParts& parts, int64_t segments, const SparseSelect* select,
+                          const SparseList& candidates, const int64_t* first_part,
+                          const int64_t* at, SparsePlace* place, uint32_t* tiles,
+                          const SparseList& chosen, int device, uintptr_t stream);
+// Values (and scales) of the entries as they are sent; the new state is corrected there. Indices are
+// not written.
+void launch_sparse_emit(const FeedbackArgs& args, const EmitArgs& out, int device,
+                        uintptr_t stream);
+
 }  // namespace cuda
 }  // namespace flcore

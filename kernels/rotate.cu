@@ -1,12 +1,12 @@
-// Rotated codes with feedback on the GPU (QuantizeArgs in api.h): update and state in, codes and new
-// state out, in one pass over memory. One block of threads a block of coordinates:
+// Rotated codes with feedback on the GPU (QuantizeArgs in api.h): update and state in, codes and
+// new state out, in one pass over memory. One block of threads a block of coordinates:
 //   s, t, u        the affine form, a coordinate a thread and step; s, t and h stay in registers
 //   z = Had(S u)   in shared memory, three stages at a time in registers
 //   codes, scale   quantised by comparing; sums run in 16 lanes, as on the CPU
 //   D = S Had(q)   the same transform again; e <- t - D, h <- h + D, v <- s
-// Reads update and state once and writes the new state and the code: with e 12 bytes a coordinate plus
-// bits / 8. Arithmetic is that of csrc/cpu/codes_rotated.h, operation by operation and never merged
-// into fma: the same bytes. Sources: see there.
+// Reads update and state once and writes the new state and the code: with e 12 bytes a coordinate
+// plus bits / 8. Arithmetic is that of csrc/cpu/codes_rotated.h, operation by operation and never
+// merged into fma: the same bytes. Sources: see there.
 #include "launch.h"
 #include "row_table.cuh"
 #include "rotation.h"

@@ -9,6 +9,7 @@ import flcore
 from flcore.compression import Packet, decode, decode_add
 from flcore.errors import DTypeError, InvalidInputError, PacketError
 from flcore.ops.decode import decode_add_into, decode_into
+from flcore.ops.quantize import quantize
 from flcore.ops.sparsify import sparsify
 from support import Guarded, np_dtype, outputs_per_level, unaligned
 
@@ -41,6 +42,72 @@ def test_worked_example(variant):
     assert out.tolist() == [3, 1.5, 17, 1]
     decode_into(p, [out], variant=variant)
     assert out.tolist() == [4, -3, 0, 0]
+
+
+# ---- packets of every codec in one list --------------------------------------------------------
+
+MIX = [
+    {"codec": "sign", "bits": 1},
+    {"codec": "uniform", "bits": 8},
+    {"codec": "uniform", "bits": 4},
+    {"codec": "uniform", "bits": 3},
+    {"codec": "affine", "bits": 2, "values": "bfloat16"},
+    {"codec": "affine", "bits": 7},
+    {"codec": "ternary", "bits": 2},
+    {"codec": "ternary", "bits": 2, "form": 1},
+    {"codec": "dense", "bits": 16, "values": "bfloat16"},
+    {"codec": "natural", "bits": 9},
+    {"codec": "minifloat", "bits": 8, "form": 1},
+    {"codec": "rotated", "bits": 2},
+]
+
+
+def mixed(rng, numel, bucket):
+    """One packet of every codec of buckets, sparse ones between them."""
+    made = packets_of(rng, numel, count=2)
+    for i, options in enumerate(MIX):
+        cut = 256 if options["codec"] == "rotated" else bucket
+        g = rng.standard_normal(numel).astype(np.float32)
+        made.insert(i, Packet.from_bytes(quantize(g, bucket=cut, round=i, **options)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("numel", "bucket"),
+    [(n, b) for n in (1, 7, 100, 4095, 4097, 9001) for b in (2, 24, 500, 501, 65_536)]
+    + [(66_001, 501), (66_001, 65_536)],
+)
+def test_any_mix_of_codecs(numel, bucket, rng):
+    """Into one layer, into many, in float32 and float64: the bits of the reference."""
+    packets = mixed(rng, numel, bucket)
+    weights = rng.standard_normal(len(packets)).tolist()
+    small = min(numel // 2, 30)
+    for sizes in ([numel], [numel // 3, 0, numel - numel // 3], [1] * small + [numel - small]):
+        kinds = [np.float32, np.float64] if len(sizes) == 3 else [np.float32]
+        start = [rng.standard_normal(n).astype(kinds[i % len(kinds)]) for i, n in enumerate(sizes)]
+        ours, want = [x.copy() for x in start], [x.copy() for x in start]
+        decode_add_into(packets, weights, ours, variant="cpu")
+        decode_add_into(packets, weights, want, variant="reference")
+        assert [x.tobytes() for x in ours] == [x.tobytes() for x in want]
+    for packet in packets:
+        decode_into(packet, ours, variant="cpu")
+        decode_into(packet, want, variant="reference")
+        assert [x.tobytes() for x in ours] == [x.tobytes() for x in want], packet.header
+
+
+def test_mixes_do_not_depend_on_threads(rng):
+    packets = mixed(rng, 150_000, 500)
+    weights = rng.standard_normal(len(packets)).tolist()
+    before, results = flcore.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            flcore.set_num_threads(threads)
+            out = np.ones(150_000, np.float32)
+            decode_add_into(packets, weights, [out])
+            results.append(out.tobytes())
+    finally:
+        flcore.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
 
 
 # ---- against the reference ---------------------------------------------------------------------
@@ -162,6 +229,7 @@ def test_decode_into_a_structure(dtype, rng):
 DIGESTS = """
 import hashlib, numpy as np
 from flcore.compression import Packet, decode, decode_add
+from flcore.ops.quantize import quantize
 from flcore.ops.sparsify import sparsify
 rng = np.random.default_rng(5)
 digest = hashlib.sha256()

@@ -414,20 +414,22 @@ def test_natural_variance_is_at_most_an_eighth(rng):
         assert nmse(normal * np.float32(scale), **o) < 0.126
 
 
-# Normal and Laplace samples; Student t with 3 degrees varies too much from sample to sample.
+# Normal, Laplace and Student t samples (3 degrees of freedom: of one seed, they scatter by 4 %)
 NMSE = {
-    "mx e4m3": (0.00086, 0.00101),
-    "mx e5m2": (0.0029, 0.0030),
-    "mx e2m3": (0.00081, 0.00094),
-    "mx e3m2": (0.0029, 0.0030),
-    "mx e2m1": (0.0132, 0.0161),
-    "mx int8": (6.8e-5, 1.0e-4),
+    "mx e4m3": (0.00086, 0.00101, 0.00117),
+    "mx e5m2": (0.0029, 0.0030, 0.0032),
+    "mx e2m3": (0.00081, 0.00094, 0.0012),
+    "mx e3m2": (0.0029, 0.0030, 0.0032),
+    "mx e2m1": (0.0132, 0.0161, 0.0202),
+    "mx int8": (6.8e-5, 1.0e-4, 1.6e-4),
 }
 
 
 @pytest.mark.parametrize("name", NMSE)
-def test_errors_are_those_of_the_formats(name, rng):
-    samples = rng.standard_normal(1_000_000), rng.laplace(size=1_000_000)
+def test_errors_are_those_of_the_formats(name):
+    rng = np.random.default_rng(20240229)
+    samples = rng.standard_t(3, 1_000_000), rng.laplace(size=1_000_000)
+    samples = rng.standard_normal(1_000_000), samples[1], samples[0]
     for x, want in zip(samples, NMSE[name], strict=True):
         found = nmse(x.astype(np.float32), bucket=32, **options(name))
         digits = 0.5 * 10.0 ** (np.floor(np.log10(want)) - 1)  # of the table

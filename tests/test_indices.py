@@ -254,7 +254,7 @@ def test_other_parameters_than_the_shortest_are_read():
 def test_variants_agree_about_mutated_sections(coding, rng):
     """Whatever the bytes: both raise the same error, or both return the same coordinates."""
     accepted = 0
-    for case in range(1500):
+    for case in range(700):
         numel = int(rng.integers(1, 3000)) if case % 3 else TILE + int(rng.integers(1, 300))
         indices = np.flatnonzero(rng.random(numel) < rng.choice([0.01, 0.1, 0.8]))
         data = bytearray(encode_indices(indices, numel, coding))
@@ -276,7 +276,7 @@ def test_variants_agree_about_mutated_sections(coding, rng):
             except PacketError as error:
                 results.append(str(error))
         assert results[0] == results[1], f"case {case}"
-    assert accepted > 100
+    assert accepted > 50
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -22,10 +22,47 @@ from flcore.ops.decode import ParsedPacket
 from flcore.ops.decode import decode as decode_packet
 from flcore.ops.thc import block_norms, thc, thc_mean
 from flcore.reference import wire, wire_writer
+from flcore.reference.rng import random_bits
 from support import outputs_per_level
 from test_thc import CODECS, TABLE
+from test_wire import golden
 
 SIZES = (1, 2, 3, 5, 255, 256, 257, 700, 1024, 1025, 5001)
+
+
+# Five values with 4 bits, filled up to eight: clip 2 and a norm of 8, the table, eight codes.
+GOLDEN = golden(
+    324,
+    {
+        0: "464c4355 01 00 4000 0b00 0000 01000000",
+        16: "0500000000000000 0401000000000000 0300000000000000 0700000000000000",
+        48: "02000000 01 01 00 04 00010000 6dd99954",
+        64: "03000000 00000000",
+        72: "0a00 0000 04000000 c000000000000000 0800000000000000",
+        96: "0800 0000 02000000 0001000000000000 2000000000000000",
+        120: "0200 0000 01000000 4001000000000000 0400000000000000",
+        192: "00000040 00000041",
+        256: "0000 0300 0500 0700 0900 0b00 0d00 0e00 1000 1100 1300 1500 1700 1900 1b00 1e00",
+        320: "58 25 58 37",
+    },
+)
+
+
+def test_golden_packet():
+    x = np.array([4, -3, 2, -1, 0.5], np.float32)
+    for variant in ("cpu", "reference"):
+        p = thc(
+            x, norms=[8.0], table=TABLE, clip=2.0, block=256, seed=7, round=3, client=1, epoch=2,
+            variant=variant,
+        )  # fmt: skip
+        assert p.tobytes() == GOLDEN
+    # decoded from the words of docs/packet.md alone
+    y = [2 * TABLE[GOLDEN[320 + j // 2] >> 4 * (j % 2) & 15] - 30 for j in range(8)]
+    word = int(random_bits(1, 7, round=3, tensor=0x52)[0])
+    for i in range(5):
+        total = sum((-1) ** bin(i & j).count("1") * y[j] for j in range(8))
+        value = total * 2.0 * 8.0 / (30 * 8) * (-1 if word >> i & 1 else 1)
+        assert decode(Packet.from_bytes(GOLDEN))[i] == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.parametrize("numel", SIZES)

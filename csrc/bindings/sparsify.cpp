@@ -50,7 +50,27 @@ static uint32_t sample_key(const Addresses& layers, const std::vector<int64_t>& 
   return cpu().sparsify->ranked(keys.data(), samples, rank);
 }
 
+// Entries that were encoded elsewhere, in memory of the CPU.
+static int64_t sparse_pack_packet(int64_t numel, uintptr_t starts, uintptr_t local,
+                                  uintptr_t values, uintptr_t scales, const py::dict& packet,
+                                  int threads) {
+  const SparsePacket out = sparse_packet(packet);
+  FLCORE_CHECK(out.choice != INDEX_GIVEN || out.header.index != wire::SEEDED,
+               "index: expected indices to write");
+  const SparseSections sections{numel,
+                                reinterpret_cast<const int64_t*>(starts),
+                                reinterpret_cast<const uint16_t*>(local),
+                                reinterpret_cast<const uint8_t*>(values),
+                                reinterpret_cast<const uint8_t*>(scales),
+                                threads};
+  py::gil_scoped_release nogil;
+  return sparse_pack(sections, out);
+}
+
 void bind_sparsify(py::module_& m) {
+  m.def("sparse_pack", &sparse_pack_packet, py::arg("numel"), py::arg("starts"), py::arg("local"),
+        py::arg("values"), py::arg("scales"), py::arg("packet"), py::arg("threads"),
+        "A sparse packet of values that are encoded already (csrc/sparse_emit.cpp); bytes.");
   m.def("sparsify", &sparsify_packet, py::arg("layers"), py::arg("numel"), py::arg("dtype"),
         py::arg("state"), py::arg("segments"), py::arg("starts"), py::arg("k"), py::arg("floor"),
         py::arg("rank"), py::arg("slack"), py::arg("tau"), py::arg("packet"), py::arg("threads"),

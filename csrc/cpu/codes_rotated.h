@@ -1,6 +1,6 @@
 // Rotated codes (DRIVE with one bit, EDEN with more): a block is multiplied by random signs and the
-// normalised Walsh-Hadamard matrix, after which every input looks normal, so that one fixed quantiser
-// is near the best; one scale a block makes the code unbiased, or its error least.
+// normalised Walsh-Hadamard matrix, after which every input looks normal, so that one fixed
+// quantiser is near the best; one scale a block makes the code unbiased, or its error least.
 //   z = m^-1/2 Had(S x)        c_j: nearest centroid q of z_j m^1/2 / ||x||
 //   f = ||x||^2 / <q, z>  or  <q, z> / <q, q>,   at most ROTATION_LARGEST
 //   D = S Had(q) (f m^-1/2)
@@ -8,9 +8,9 @@
 // A last block of n coordinates is filled with zeros to m = the next power of two.
 //
 // A block stays in L1: 2 log2 m additions a coordinate for the code and the residual, no memory but
-// the update in and the code out. Float32, no fma; sums run in 16 lanes (place i in lane i % 16) that
-// a fixed tree adds, so that every level has the same bits. The block is first scaled by a power of
-// two, exactly, so that no norm can overflow or vanish.
+// the update in and the code out. Float32, no fma; sums run in 16 lanes (place i in lane i % 16)
+// that a fixed tree adds, so that every level has the same bits. The block is first scaled by a
+// power of two, exactly, so that no norm can overflow or vanish.
 //
 // Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation", NeurIPS 2021, arXiv 2105.08339;
 // Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for
@@ -76,8 +76,8 @@ static uint32_t rotation_power(const float* u, int64_t n) {
   return power < 1 ? 1 : power > 253 ? 253 : power;
 }
 
-// z <- the unnormalised transform of S u 2^(power - 127), filled with zeros to m; returns the squared
-// norm of what went in.
+// z <- the unnormalised transform of S u 2^(power - 127), filled with zeros to m; returns the
+// squared norm of what went in.
 static float rotation_forward(const float* u, int64_t n, int64_t m, const HadamardSigns& signs,
                               uint32_t power, float* z) {
   const float scale = float_of(power << 23);
@@ -209,7 +209,8 @@ static void dequantize_rotated(const uint8_t* packed, int64_t m, float* y, uint8
 }
 
 // A whole block; out may have any alignment. work: 2 * BLOCK_MAX floats.
-[[maybe_unused]] static void dequantize_rotated(const PacketView& p, const Segment& s, float* out, float* work) {
+[[maybe_unused]] static void dequantize_rotated(const PacketView& p, const Segment& s, float* out,
+                                                float* work) {
   const int64_t m = hadamard_size(s.n);
   const float scale = load<float>(s.scales(p));
   if (scale == 0) {

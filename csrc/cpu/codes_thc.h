@@ -1,10 +1,10 @@
-// THC codes, which a server adds as integers: the same signs, the same norms and the same grid for all
-// clients, one code out of a table T a coordinate, rounded stochastically.
+// THC codes, which a server adds as integers: the same signs, the same norms and the same grid for
+// all clients, one code out of a table T a coordinate, rounded stochastically.
 //   p = (z m^1/2 / l) g / (2 t) + g / 2, cut to 0 .. g        z = m^-1/2 Had(S x), T from 0 to g
-//   code j or j + 1 where T_j <= p < T_{j+1}, the second with probability (p - T_j) / (T_{j+1} - T_j)
+//   code j or j + 1 where T_j <= p < T_{j+1}, at random so that the mean of T is p
 //   D = S Had(2 T - g) t l / (g m)        one norm for all: l (d / m)^-1/2 takes the place of l
-// 2 T - g and its transform are integers below 2^24, hence exact: D is rounded once, and the mean of
-// several D is one transform of the sum of their T (lut_add.isa.cpp).
+// 2 T - g and its transform are integers below 2^24, hence exact: only the factor and the product
+// round, and the mean of several D is one transform of the sum of their T (lut_add.isa.cpp).
 //
 // Li et al., "THC: Accelerating Distributed Deep Learning Using Tensor Homomorphic Compression",
 // NSDI 2024, arXiv 2302.08545.
@@ -59,14 +59,15 @@ static void thc_codes(float* z, int64_t m, const ThcTable& t, float up, const ui
     p = p < g ? p : g;
     int code = 0;
     for (int k = 0; k + 1 < LAST; ++k) code += p >= t.bound[k];
-    const bool more = random_fraction(random, i, 0.0f) * (t.high[code] - t.low[code]) < p - t.low[code];
-    const float value = more ? t.high[code] : t.low[code];
+    const float low = t.low[code], high = t.high[code];
+    const bool more = random_fraction(random, i, 0.0f) * (high - low) < p - low;
+    const float value = more ? high : low;
     z[i] = (value + value) - g;
     codes[i] = uint8_t(code + more);
   }
 }
 
-// Random bits of coordinates [first, first + m): those after the update's last coordinate count too.
+// Random bits of coordinates [first, first + m), those that fill the last block up included.
 static void thc_random(const PhiloxStream& s, int64_t first, int64_t m, uint16_t* out) {
   uint32_t words[HADAMARD_MAX / 2];  // first is even, and m too unless it is 1
   philox_fill<PhiloxRaw>(s, first >> 1, (m + 1) >> 1, words);
@@ -108,7 +109,8 @@ static void quantize_thc(const BucketJob& job, const ThcArgs& x, int64_t m) {
 
 // A whole block; out may have any alignment. work: 2 * BLOCK_MAX floats. The norm section holds the
 // clip t, then the norms.
-[[maybe_unused]] static void dequantize_thc(const PacketView& p, const Segment& s, float* out, float* work) {
+[[maybe_unused]] static void dequantize_thc(const PacketView& p, const Segment& s, float* out,
+                                            float* work) {
   const bool shared = p.form == 1;
   const int64_t m = hadamard_size(s.n);
   const float norm = load<float>(p.norm + 4 + (shared ? 0 : 4 * s.bucket));

@@ -58,25 +58,33 @@ FLCORE_INLINE uint32_t lowest_bits(uint32_t mask, int64_t keep) {
   return mask;
 }
 
-// Which keys are taken: those above `tau`, and the first `quota` equal to it.
+// Which keys are taken: those above `below`, and the first `quota` equal to it.
 struct Choice {
-  int32_t tau;
+  int32_t below;
   int64_t quota;
 
   FLCORE_MEMBER uint32_t lanes(const vi32& key) {
-    const vi32 bound = vi32{} + tau;
+    const vi32 bound = vi32{} + below;
     uint32_t mask = lanes_above(key, bound);
-    uint32_t equal = quota > 0 ? lanes_equal(key, bound) : 0;
-    if (equal) {
-      equal = lowest_bits(equal, quota);
+    if (quota > 0) {
+      const uint32_t equal = lowest_bits(lanes_equal(key, bound), quota);
       quota -= __builtin_popcount(equal);
+      mask |= equal;
     }
-    return mask | equal;
+    return mask;
   }
   FLCORE_MEMBER bool one(uint32_t key) {
-    return int32_t(key) > tau || (int32_t(key) == tau && quota > 0 && quota--);
+    return int32_t(key) > below || (int32_t(key) == below && quota > 0 && quota--);
   }
 };
+
+constexpr int64_t ANY = int64_t(1) << 62;  // more than there are
+
+// Keys from `cut` up, of those equal to it at most `quota`.
+FLCORE_INLINE Choice choice_of(uint32_t cut, int64_t quota) {
+  if (quota == ANY) return {int32_t(cut) - 1, 0};
+  return {int32_t(cut), quota};
+}
 
 // Where chosen entries go, one after another, up to `limit`.
 struct EntryList {
@@ -139,21 +147,23 @@ FLCORE_INLINE void choose(const float* u, const float* t, int64_t count, int32_t
 constexpr int KTH_BINS = 2048;
 constexpr int64_t KTH_FEW = 256;  // bisecting so few costs less than clearing the bins
 
-// Keys in [low, high], moved to `to` (which may be where they come from); returns how many.
-static int64_t keys_between(const uint32_t* from, int64_t count, uint32_t low, uint32_t high,
+// Keys in [low, high] of numbers or of keys, to `to` (which may be where they come from, and has room
+// for `count`); returns how many.
+template <class T>
+static int64_t keys_between(const T* from, int64_t count, uint32_t low, uint32_t high,
                             uint32_t* to) {
   int64_t kept = 0, i = 0;
 #if defined(__AVX512F__)
   const vi32 below = vi32{} + (int32_t(low) - 1), top = vi32{} + int32_t(high);
   for (; i + LANES <= count; i += LANES) {
-    const vi32 key = load<vi32>(from + i);
+    const vi32 key = load<vi32>(from + i) & 0x7fffffff;
     const uint32_t mask = lanes_above(key, below) & ~lanes_above(key, top) & ALL_LANES;
     store(to + kept, _mm512_maskz_compress_epi32(__mmask16(mask), (__m512i)key));
     kept += __builtin_popcount(mask);
   }
 #endif
   for (; i < count; ++i) {
-    const uint32_t key = from[i];
+    const uint32_t key = load<uint32_t>(from + i) & 0x7fffffffu;
     to[kept] = key;
     kept += key >= low && key <= high;
   }

@@ -98,14 +98,18 @@ struct FeedbackKind {
   static constexpr bool E = E_, H = H_, V = V_, SAME = SAME_;
 };
 
+struct FeedbackFactors {
+  float a, b, p, q;
+};
+
 template <class T>
 struct FeedbackValues {
   T s, t, u;
 };
 
 template <class Kind, class T>
-FLCORE_INLINE FeedbackValues<T> feedback_values(const FeedbackArgs& x, const FeedbackSources& from,
-                                                int64_t i) {
+FLCORE_INLINE FeedbackValues<T> feedback_values(const FeedbackFactors& x,
+                                                const FeedbackSources& from, int64_t i) {
   T s = load<T>(from.g + i);
   if constexpr (Kind::V) s = x.p * load<T>(from.v + i) + x.q * s;
   T t = s, u = s;
@@ -122,9 +126,11 @@ FLCORE_INLINE FeedbackValues<T> feedback_values(const FeedbackArgs& x, const Fee
   return {s, t, u};
 }
 
+// Arguments and visitor are copies, so that they can live in registers.
 template <class Kind, class Visit>
-FLCORE_INLINE bool feedback_each(const FeedbackArgs& x, const FeedbackSources& from, int64_t head,
-                                 int64_t count, Visit& visit) {
+FLCORE_INLINE bool feedback_each(const FeedbackFactors x, const FeedbackSources from, int64_t head,
+                                 int64_t count, Visit& visitor) {
+  Visit visit = visitor;
   vi32 tops = {};
   int32_t top = 0;
   const auto one = [&](int64_t i) FLCORE_LAMBDA {
@@ -143,6 +149,7 @@ FLCORE_INLINE bool feedback_each(const FeedbackArgs& x, const FeedbackSources& f
   }
   for (; i < count; ++i) one(i);
   for (int k = 0; k < LANES; ++k) top = feedback_larger(top, tops[k]);
+  visitor = visit;
   return uint32_t(top) < 0x7f800000u;
 }
 
@@ -152,13 +159,14 @@ FLCORE_INLINE bool feedback_each(const FeedbackArgs& x, const FeedbackSources& f
 template <class Visit>
 static bool feedback_visit(const FeedbackArgs& x, const FeedbackSources& from, int64_t head,
                            int64_t count, Visit& visit) {
+  const FeedbackFactors f = {x.a, x.b, x.p, x.q};
   const auto run = [&](auto e, auto same) {
     constexpr bool E = decltype(e)::value, SAME = decltype(same)::value;
     if (from.h)
-      return from.v ? feedback_each<FeedbackKind<E, true, true, SAME>>(x, from, head, count, visit)
-                    : feedback_each<FeedbackKind<E, true, false, SAME>>(x, from, head, count, visit);
-    return from.v ? feedback_each<FeedbackKind<E, false, true, SAME>>(x, from, head, count, visit)
-                  : feedback_each<FeedbackKind<E, false, false, SAME>>(x, from, head, count, visit);
+      return from.v ? feedback_each<FeedbackKind<E, true, true, SAME>>(f, from, head, count, visit)
+                    : feedback_each<FeedbackKind<E, true, false, SAME>>(f, from, head, count, visit);
+    return from.v ? feedback_each<FeedbackKind<E, false, true, SAME>>(f, from, head, count, visit)
+                  : feedback_each<FeedbackKind<E, false, false, SAME>>(f, from, head, count, visit);
   };
   if (!from.e) return run(Const<0>(), Const<1>());
   return x.a == x.b ? run(Const<1>(), Const<1>()) : run(Const<1>(), Const<0>());

@@ -2,8 +2,8 @@
 // stream, and the Walsh-Hadamard transform in place, not normalised.
 //   stages h = 1, 2, 4 .. m / 2 in this order, each (a, b) -> (a + b, a - b) for places i and i + h
 // Every output is a fixed tree of additions, so neither vector width nor the number of stages that
-// one pass holds in registers changes a bit. A block lives in L1; up to 256 values (64 below AVX-512)
-// go through all their stages in registers, the next pass takes 3 or 4 stages at once.
+// one pass holds in registers changes a bit. A block lives in L1; 256 values (64 below AVX-512) go
+// through all their stages in registers, the next pass takes 3 or 4 stages at once.
 // int32 values are transformed exactly.
 #pragma once
 
@@ -210,7 +210,7 @@ struct HadamardSigns {
   }
 };
 
-// ---- 16 lanes: place i belongs to lane i % 16, lanes are added in a fixed tree -------------------
+// ---- 16 lanes: place i belongs to lane i % 16, lanes are added in a fixed tree ------------------
 
 struct LaneSums {
   vf32 v[16 / LANES];

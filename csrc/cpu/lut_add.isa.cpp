@@ -1,13 +1,13 @@
 // The server's side of THC codes (cpu/codes_thc.h), without floating point until the end, and the
 // norms that clients exchange before they encode.
 //   add     sums[j] = sum_i table_i[code j of packet i]
-//           n bits / 8 bytes read a coordinate, 1, 2 or 4 written. A byte shuffle looks 16 or 32 codes
-//           up at once; packets whose sum still fits in a byte are added in bytes, in registers, and
-//           only such a group is added to wider lanes, in a tile that stays in L1.
+//           n bits / 8 bytes read a coordinate, 1, 2 or 4 written. A byte shuffle looks 16 or 32
+//           codes up at once; packets whose sum still fits in a byte are added in bytes, in
+//           registers, and only such a group is added to wider lanes, in a tile that stays in L1.
 //   decode  out = S Had(2 sums - top) t l / (g m total): one transform, of integers, exact, for all
 //           packets; lane_bytes read and 4 bytes written a coordinate, 2 log2 m additions.
-//   norms   sum of the squares of u in every block, in float64: 16 lanes (coordinate i of the block in
-//           lane i % 16), then a fixed tree. Reads update and state once, writes none of them.
+//   norms   sum of the squares of u in every block, in float64: 16 lanes (coordinate i of the block
+//           in lane i % 16), then a fixed tree. Reads update and state once, writes none of them.
 // The same bits for every level and thread count.
 #include "api.h"
 #include "cpu/chunks.h"
@@ -57,8 +57,8 @@ FLCORE_INLINE void zip(const Bytes& x, const Bytes& y, Bytes& first, Bytes& seco
 }
 #endif
 
-// out[j] = sum of table_i[code begin + j] over packets [from, to), 0 <= j < count; begin is a multiple
-// of TILE and the sums fit in bytes
+// out[j] = sum of table_i[code begin + j] over packets [from, to), 0 <= j < count; begin is a
+// multiple of TILE and the sums fit in bytes
 template <int BITS>
 static void add_bytes(const LutAddArgs& x, int64_t from, int64_t to, int64_t begin, int64_t count,
                       uint8_t* out) {

@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t BLOCK = 1024;  // coordinates that wait in L1: 4 KiB an array
 constexpr int COPIES = 4;        // interleaved histograms: equal neighbours hit different counters
 constexpr int SPARE = SPARSIFY_BINS;  // bin of the keys outside the prefix
-constexpr int64_t ANY = int64_t(1) << 62;
 
 FLCORE_INLINE int64_t tile_start(int64_t coordinate) {
   return coordinate / SPARSE_TILE * SPARSE_TILE;
@@ -98,8 +97,8 @@ struct SweepVisit {
   float *e, *v;         // new state of the stretch's first coordinate
   bool fresh_e, fresh_v;  // past the caches; whole lines
   int32_t first;        // local index of the stretch's first coordinate
-  Choice& choice;
-  EntryList& list;
+  Choice choice;
+  EntryList list;
 
   template <class Kind>
   FLCORE_MEMBER void one(int64_t i, const FeedbackValues<float>& x) {
@@ -111,7 +110,8 @@ struct SweepVisit {
   FLCORE_MEMBER void many(int64_t i, const FeedbackValues<vf32>& x) {
     if constexpr (Kind::E) put(e + i, x.t, fresh_e);
     if constexpr (Kind::V) put(v + i, x.s, fresh_v);
-    if (const uint32_t mask = choice.lanes(key_of(x.u)))
+    const uint32_t mask = choice.lanes(key_of(x.u));
+    if (!Kind::E || mask)  // without state to write, pushing nothing costs less than a wrong guess
       list.push(mask, lane_numbers() + (first + int32_t(i)), x.u, x.t);
   }
 
@@ -136,7 +136,10 @@ static bool sweep_stretch(const FeedbackArgs& x, const FeedbackSources& from, in
   const int64_t head = e ? to_line(e) : v ? to_line(v) : 0;
   SweepVisit visit = {e, v, x.e_new != x.e, x.v_new != x.v && to_line(v) == head,
                       int32_t(at - base), choice, list};
-  return feedback_visit(x, from, head, count, visit);
+  const bool finite = feedback_visit(x, from, head, count, visit);
+  choice = visit.choice;
+  list = visit.list;
+  return finite;
 }
 
 static int sweep_piece(const FeedbackArgs& x, const SparsePiece& piece, uint32_t cut,
@@ -144,7 +147,7 @@ static int sweep_piece(const FeedbackArgs& x, const SparsePiece& piece, uint32_t
   alignas(64) float memory[FEEDBACK_PARTS * BLOCK];
   const FeedbackBuffers buffers = feedback_buffers(memory, BLOCK);
   const int64_t base = tile_start(piece.begin);
-  Choice choice = {int32_t(cut), quota};
+  Choice choice = choice_of(cut, quota);
   int64_t layer = find_layer(x.starts, x.layers, piece.begin);
   for (int64_t at = piece.begin, count; at < piece.end; at += count) {
     while (at >= x.starts[layer + 1]) ++layer;
@@ -224,11 +227,7 @@ uint32_t kth(const SparsePieces& pieces, const SparseCandidates& c, int64_t firs
     int64_t from, to, count;
     if (!overlap(lane, from, to)) continue;
     const float* u = run(from, to, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t key = key_of(u[i]);
-      scratch[kept] = key;
-      kept += key >= low && key <= high;
-    }
+    kept += keys_between(u, count, low, high, scratch + kept);
   }
   return kth_largest(scratch, kept, k);
 }
@@ -259,7 +258,7 @@ void pick(const SparsePieces& pieces, const SparseCandidates& c, const uint32_t*
   for_chunks(pieces.count, pieces.threads, [&](int64_t p) {
     if (quota[p] < 0) return;
     EntryList list = {local, u, t, at[p], at[p] + above[p] + quota[p], false};
-    Choice choice = {int32_t(tau[p]), quota[p]};
+    Choice choice = choice_of(tau[p], quota[p]);
     const int64_t from = c.from[p], count = c.count[p];
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -296,11 +295,11 @@ static bool small_segment(const FeedbackArgs& x, const SmallArgs& args, SmallSeg
   const uint32_t tau = ranked(segment.k);
   const uint32_t asked = segment.rank == segment.k ? tau : ranked(segment.rank);
   segment.tau = asked < args.floor ? 0 : asked;
-  Choice choice = {int32_t(args.floor), ANY};
+  Choice choice = choice_of(args.floor, ANY);
   if (tau >= args.floor) {
     int64_t above = 0;
     for (int64_t i = 0; i < count; ++i) above += key_of(load<float>(block.u + i)) > tau;
-    choice = {int32_t(tau), segment.k - above};
+    choice = choice_of(tau, segment.k - above);
   }
   EntryList list = {args.local, args.u, args.t, segment.at, segment.at + segment.k, false};
   const int64_t base = tile_start(segment.begin), border = base + SPARSE_TILE;

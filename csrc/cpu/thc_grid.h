@@ -1,4 +1,4 @@
-// The grid of THC codes (cpu/codes_thc.h) in the numbers that kernels need, in float64 and rounded once.
+// The grid of THC codes (cpu/codes_thc.h) in the numbers that kernels need: float64, rounded once.
 #pragma once
 
 #include <cstdint>

@@ -143,7 +143,9 @@ class ServerOptimizer(ABC):
         if rule is not None:
             more = {"like": model} if holds_packets(updates) else {}
             updates, weights = [rule(updates, weights, **more)], None
-        packets = packet_rows(updates, model) if holds_packets(updates) else None
+        packets = None
+        if holds_packets(updates):
+            packets = packet_rows(updates, model, like_name="model")
         if packets is None:
             layout, rows = _updates.parse_updates(updates)
         elif self.inputs == "models":

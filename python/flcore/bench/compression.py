@@ -7,7 +7,6 @@ packet, they stop at (index, value) pairs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -224,8 +223,8 @@ CASES = [
         sizes={"numel": 10_000_000, "ratio": 0.01, "carried": True},
         tiny={"numel": 80_009, "ratio": 0.01, "carried": True},
         bound="copy",
-        note="Steady state: the threshold of the last packet is known. flcore writes the packet, the "
-        "peers stop at index and value arrays.",
+        note="Steady state: the threshold of the last packet is known. flcore writes the packet, "
+        "the peers stop at index and value arrays.",
     ),
     Case(
         name="econtrol_first_top1_10m",
@@ -236,8 +235,8 @@ CASES = [
         sizes={"numel": 10_000_000, "ratio": 0.01, "carried": False},
         tiny={"numel": 80_009, "ratio": 0.01, "carried": False},
         bound="copy",
-        note="Every call is like the first of a client. With a threshold from a sample and a second "
-        "buffer for e, 16·d bytes and the sample move.",
+        note="Every call is like the first of a client. With a threshold from a sample and a "
+        "second buffer for e, 16·d bytes and the sample move.",
     ),
     Case(
         name="top1_10m",

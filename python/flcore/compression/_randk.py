@@ -61,7 +61,7 @@ class RandK(Codec):
     >>> from flcore.compression import Encoder, RandK, decode
     >>> g = np.array([4, -3, 2, 1], np.float32)
     >>> packet = Encoder(RandK(k=2), like=g).encode(g, round=1)
-    >>> np.count_nonzero(decode(packet))
+    >>> int(np.count_nonzero(decode(packet)))
     2
     """
 

@@ -2,6 +2,7 @@
 
 from flcore.ops._combine_rows import combine_rows
 from flcore.ops._combine_step import combine_step
+from flcore.ops._control_step import Controlled, control_step
 from flcore.ops._step import Noise, Step, Stepped
 from flcore.ops.combine import combine
 from flcore.ops.gram import gram
@@ -11,6 +12,7 @@ from flcore.ops.rng import random_bits, random_normal, random_uniform
 from flcore.ops.select import select
 
 __all__ = [
+    "Controlled",
     "Moments",
     "Noise",
     "Step",
@@ -20,6 +22,7 @@ __all__ = [
     "combine",
     "combine_rows",
     "combine_step",
+    "control_step",
     "dequantize_sum",
     "gram",
     "mask_add",

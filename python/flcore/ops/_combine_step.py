@@ -108,7 +108,9 @@ def combine_step(
     _check_options(accumulate, nonfinite, divisor)
     if inputs not in INPUTS:
         raise InvalidInputError(f"inputs: expected one of {INPUTS}, got {inputs!r}")
-    packets = packet_rows(updates, model) if holds_packets(updates) else None
+    packets = None
+    if holds_packets(updates):
+        packets = packet_rows(updates, model, like_name="model")
     rows: Any = packets
     if packets is None:
         layout, rows = _updates.parse_updates(updates)

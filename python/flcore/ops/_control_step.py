@@ -11,7 +11,7 @@ from flcore import _arrays, _updates, _variants
 from flcore._arrays import View
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops._combine_step import step_layers
-from flcore.ops._packet_rows import PacketRows, by_reference, packet_rows
+from flcore.ops._packet_rows import PacketRows, by_reference, holds_packets, packet_rows
 from flcore.ops._step import Step
 from flcore.ops.combine import NONFINITE, _check_options
 
@@ -95,9 +95,10 @@ def control_step(
     if not isinstance(packets, list | tuple):
         raise DTypeError(f"packets: expected a list of packets, got {type(packets).__name__}")
     if packets:
-        rows = packet_rows(packets, model, "packets")
-        if rows is None:
+        if not holds_packets(packets):
             raise DTypeError(f"packets[0]: expected a packet, got {type(packets[0]).__name__}")
+        rows = packet_rows(packets, model, name="packets", like_name="model")
+        assert rows is not None
     else:
         layout, arrays = _updates.flatten(model, "model")
         rows = PacketRows([], layout, arrays)
@@ -108,17 +109,16 @@ def control_step(
     accumulate = _sum_type(old, layout.views(arrays, "model"), layout)
     given = {"m": m, "v": v, "out": out}
     targets = None if h_out is None else layout.layers(h_out, "h_out", dtypes=False)
-    fresh = [
-        _arrays.view(_arrays.empty_like(x.array, x.dtype) if isinstance(x.array, np.ndarray)
-                     else _arrays.empty_like(x.array))
-        for x in old
-    ]
+    fresh = [_arrays.view(_arrays.empty_like(x.array)) for x in old]
+    if not any(w):  # nobody reported: H stays, and the step goes along it
+        for new, x in zip(fresh, old, strict=True):
+            _arrays.assign(new.array, x.array)
     if targets is not None:
         for j, (x, like) in enumerate(zip(targets, old, strict=True)):
             _arrays.writable_view(x, layout.label("h_out", j), like)
     result, _ = step_layers(
-        rows,
-        lambda keep: w,
+        rows if any(w) else [[x.array for x in old]],
+        lambda keep: w if any(w) else [1.0],
         arrays,
         step,
         layout=layout,
@@ -135,7 +135,7 @@ def control_step(
         nonfinite=nonfinite,
         divisor=lambda keep: float(total),
         variant=variant,
-        sums=(old, fresh),
+        sums=(old, fresh) if any(w) else None,
     )
     layers = [view.array for view in fresh]
     if targets is not None:

@@ -101,7 +101,9 @@ def holds_packets(updates: Any) -> bool:
     )
 
 
-def packet_rows(updates: Any, like: Any = None, name: str = "updates") -> PacketRows | None:
+def packet_rows(
+    updates: Any, like: Any = None, *, name: str = "updates", like_name: str = "like"
+) -> PacketRows | None:
     """Return the packets that `updates` holds, or None when it does not hold packets.
 
     Parameters
@@ -111,6 +113,8 @@ def packet_rows(updates: Any, like: Any = None, name: str = "updates") -> Packet
     like : update, optional
         What a result is like: layers of floating values on the CPU, as many values together as a
         packet. By default one float32 array (numel,).
+    name, like_name : str
+        What messages call them.
 
     Raises
     ------
@@ -140,16 +144,16 @@ def packet_rows(updates: Any, like: Any = None, name: str = "updates") -> Packet
             )
     if like is None:
         like = np.broadcast_to(np.float32(0), (numel,))
-    layout, arrays = _updates.flatten(like, "like")
+    layout, arrays = _updates.flatten(like, like_name)
     for j, x in enumerate(arrays):
         if not _arrays.is_float(x) or _arrays.device_of(x) != "cpu":
             raise DTypeError(
-                f"{layout.label('like', j)}: expected {_arrays.FLOATS} on the CPU, got "
+                f"{layout.label(like_name, j)}: expected {_arrays.FLOATS} on the CPU, got "
                 f"{_arrays.dtype_name(x)} on {_arrays.device_of(x)}"
             )
     held = sum(_arrays.numel(x) for x in arrays)
     if held != numel:
-        raise InvalidInputError(f"like: holds {held} values, {name}[0] holds {numel}")
+        raise InvalidInputError(f"{like_name}: holds {held} values, {name}[0] holds {numel}")
     return PacketRows(packets, layout, arrays)
 
 

@@ -168,7 +168,10 @@ def _check_numel(packets: Sequence[ParsedPacket], targets: Sequence[View]) -> No
 
 
 def _device(targets: Sequence[View]) -> str:
-    return next((v.device for v in targets if v.device != "cpu"), "cpu")
+    devices = sorted({v.device for v in targets})
+    if len(devices) > 1:
+        raise InvalidInputError(f"out: expected layers on one device, got {', '.join(devices)}")
+    return devices[0] if devices else "cpu"
 
 
 def _copy_back(out: Sequence[Any], targets: Sequence[View]) -> None:

@@ -213,6 +213,23 @@ def _check_tau(tau: np.ndarray | None, segments: int) -> None:
 # ---- variants ----------------------------------------------------------------------------------
 
 
+def packet_fields(
+    fields: dict[str, Any], values: str, index: str, tensors: np.ndarray, out: np.ndarray
+) -> dict[str, Any]:
+    """Return what the native code wants to know of a packet; `tensors`: its table as uint8."""
+    return {
+        **fields,
+        "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
+        "value_dtype": wire.VALUE_DTYPES[values],
+        "index": wire.INDEX_CODINGS.get(index, 0),
+        "choice": _CHOICES.get(index, 0),
+        "tensors": _arrays.address(tensors),
+        "tensor_count": tensors.size // 64,
+        "out": _arrays.address(out),
+        "capacity": out.size,
+    }
+
+
 def _cpu(
     views: Sequence[View],
     *,
@@ -243,17 +260,7 @@ def _cpu(
         rank=rank,
         slack=slack,
         tau=_arrays.address(tau) if tau is not None else 0,
-        packet={
-            **fields,
-            "source_dtype": wire.SOURCE_DTYPES[fields["source_dtype"]],
-            "value_dtype": wire.VALUE_DTYPES[values],
-            "index": wire.INDEX_CODINGS.get(index, 0),
-            "choice": _CHOICES.get(index, 0),
-            "tensors": _arrays.address(rows),
-            "tensor_count": rows.size // 64,
-            "out": _arrays.address(out),
-            "capacity": capacity,
-        },
+        packet=packet_fields(fields, values, index, rows, out),
         threads=_native.threads_for(numel),
     )
     if nbytes < 0:
