@@ -19,7 +19,7 @@ namespace flcore {
 namespace cuda {
 
 constexpr int THREADS = 256;
-constexpr int BLOCKS_PER_SM = 6;   // as 36 KiB of shared memory allow
+constexpr int BLOCKS_PER_SM = 4;   // as registers allow; a block has 36 KiB of shared memory, or 68
 constexpr int64_t CHUNK = 8192;    // coordinates of a block: 32 a thread, a word of a bitmask
 static_assert(SPARSE_TILE % CHUNK == 0 && CHUNK == 32 * THREADS, "a thread a word");
 
@@ -162,7 +162,7 @@ __device__ __forceinline__ void add_buckets(const PacketView& p, const Place& pl
 
 // Shared memory: T [CHUNK], Place [THREADS], a word a warp.
 template <class T, bool ADD>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 3 : 4)
     decode_kernel(const __grid_constant__ DecodeTable t, const PacketView* views, int64_t packets) {
   T* acc = reinterpret_cast<T*>(shared_words);
   Place* places = reinterpret_cast<Place*>(acc + CHUNK);

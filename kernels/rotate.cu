@@ -19,6 +19,8 @@ constexpr int LANES = 16;
 
 extern __shared__ uint4 shared_words[];
 
+namespace {
+
 // What a launch needs, by value.
 struct RotateParams {
   FeedbackArgs f;  // starts, dtype and grads on the device
@@ -357,6 +359,8 @@ __global__ void __launch_bounds__(4096 / EACH, 1)
     feedback_store(f, first + i, x[k], d);
   }
 }
+
+}  // namespace
 
 void launch_rotate(const QuantizeArgs& args, int32_t* flags, int device, uintptr_t stream) {
   if (args.feedback.numel == 0) return;

@@ -75,7 +75,8 @@ step() {
 sanitize() { # TOOL SECONDS LOG TESTS: compute-sanitizer sees nothing behind torch's memory cache
   step "$1" "$2" "$3" env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 86 \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_aggregation.py -k "$4"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_aggregation.py \
+    tests/test_gpu_packets.py tests/test_gpu_rotated.py -k "$4"
 }
 
 environment='
@@ -84,8 +85,8 @@ from flcore import _variants
 info = flcore.build_info()
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print("device", torch.cuda.get_device_name(0), "of", torch.cuda.device_count(), info["cuda"])
-missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram")
-           for name, why in _variants.available(op, "cuda:0").items() if name != "cpu" and why}
+missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram", "decode", "sparsify", "quantize")
+           for name, why in _variants.available(op, "cuda:0").items() if name not in ("cpu", "reference") and why}
 sys.exit(f"variants that cannot run: {missing}" if missing else 0)
 '
 

@@ -68,7 +68,7 @@ def test_updates_that_do_not_fit():
         Encoder(TopK(k=1), like={"n": np.arange(3)})
     with pytest.raises(DTypeError, match="codec: expected a codec such as TopK, got str"):
         Encoder("topk", like=G)
-    with pytest.raises(DTypeError, match="feedback: expected an error control .*, got str"):
+    with pytest.raises(DTypeError, match=r"feedback: expected an error control .*, got str"):
         Encoder(TopK(k=1), "ef14", like=G)
     with pytest.raises(InvalidInputError, match="nonfinite: expected raise or skip"):
         Encoder(TopK(k=1), like=G, nonfinite="exclude")

@@ -228,7 +228,9 @@ def test_sparsify_moves_the_state_on(variant, kept, narrow, spare, rng):
 
 @pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "int8"])
 def test_sparsify_values_and_indices(variant, values, rng):
-    update = (rng.standard_normal(140_000) * 10.0 ** rng.integers(-9, 9, 140_000)).astype(np.float32)
+    update = (rng.standard_normal(140_000) * 10.0 ** rng.integers(-9, 9, 140_000)).astype(
+        np.float32
+    )
     update[:4] = 3.4e38, -3.4e38, 65519, 65520
     for index in ("tile16", "bitmask", "bitpack", "rice", "smallest"):
         make = lambda: state_of("eh", 140_000, 5)  # noqa: E731

@@ -15,6 +15,7 @@ from support import HAS_TORCH, ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 PAGE = (ROOT / "docs" / "aggregation.md").read_text()
+COMPRESSION = (ROOT / "docs" / "compression.md").read_text()
 PAGE_BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 MODULES = sorted(
     m.name
@@ -41,6 +42,20 @@ def test_page_on_aggregation_runs(tmp_path):
         exec(compile(block, "docs/aggregation.md", "exec"), names)
     for layer, x in names["aggregate"].items():  # `model` is the sharded one by now
         assert names["model"][layer].tobytes() == x.tobytes()
+
+
+def test_page_on_compression_runs():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", COMPRESSION, flags=re.S):
+        exec(compile(block, "docs/compression.md", "exec"), names)
+    assert len(names["data"]) < 4 * 650  # fewer bytes than the values have
+
+
+def test_page_on_compression_names_every_codec_and_error_control():
+    from flcore.compression import CODECS, FEEDBACKS
+
+    for kind in (*CODECS.values(), *FEEDBACKS.values()):
+        assert re.search(rf"`{kind.__name__}\(", COMPRESSION), kind.__name__
 
 
 def test_page_on_aggregation_names_every_rule():

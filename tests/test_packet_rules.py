@@ -21,6 +21,7 @@ from flcore.aggregation import (
     Median,
     Phocas,
     PrincipalGradient,
+    Sharded,
     TrimmedMean,
 )
 from flcore.compression import Packet
@@ -381,3 +382,15 @@ def test_errors_name_the_argument():
     frozen.flags.writeable = False
     with pytest.raises(InvalidInputError, match="out: the array is read-only"):
         Median()(packets, out=frozen)
+
+
+def test_shards_are_not_packets(tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(DTypeError, match="updates: expected shards of updates, got packets"):
+            Sharded(Median())(clients(3, 10))
+    finally:
+        dist.destroy_process_group()

@@ -359,7 +359,7 @@ def test_overflow_counts_as_not_finite():
             InvalidInputError,
             "floor, rank: expected one segment, got 2",
         ),
-        ({"variant": "cuda"}, flcore.errors.VariantUnavailableError, "no cuda variant"),
+        ({"variant": "triton"}, flcore.errors.VariantUnavailableError, "no triton variant"),
     ],
 )
 def test_mistakes_are_named(change, error, match):

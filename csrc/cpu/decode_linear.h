@@ -60,6 +60,44 @@ static void walk_codes(const uint8_t* codes, int64_t n, const Point& point, floa
   }
 }
 
+#if defined(__AVX512F__)
+// Codes of 4 bits: what each stands for (ADD: times the weight) fits one register, and looking it up
+// takes one instruction.
+template <bool ADD, class Point>
+static void walk_nibbles(const uint8_t* codes, int64_t begin, int64_t n, const Point& point,
+                         float weight, float* out) {
+  float table[16];
+  for (int code = 0; code < 16; ++code) {
+    const float d = point.at(float(code));
+    table[code] = ADD ? weight * d : d;
+  }
+  int64_t i = 0;
+  const auto one = [&] {
+    const float d = table[(codes[(begin + i) / 2] >> ((begin + i) % 2 * 4)) & 15];
+    store(out + i, ADD ? load<float>(out + i) + d : d);
+    ++i;
+  };
+  if (n > 0 && begin % 2) one();
+  vi32 first, second;  // even and odd codes take turns
+  for (int k = 0; k < LANES; ++k) {
+    first[k] = k / 2 + k % 2 * LANES;
+    second[k] = first[k] + LANES / 2;
+  }
+  const __m512 values = (__m512)load<vf32>(table);
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    const __m128i bytes = load<__m128i>(codes + (begin + i) / 2);
+    const __m512i even = _mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), bytes);
+    const __m512i odd = (__m512i)((vu32)even >> 4);
+    const vf32 a = (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), even, values);
+    const vf32 b = (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), odd, values);
+    const vf32 low = __builtin_shuffle(a, b, first), high = __builtin_shuffle(a, b, second);
+    store(out + i, ADD ? load<vf32>(out + i) + low : low);
+    store(out + i + LANES, ADD ? load<vf32>(out + i + LANES) + high : high);
+  }
+  while (i < n) one();
+}
+#endif
+
 // The top bit of lane k is bit k of a byte (two bytes for 16 lanes).
 FLCORE_INLINE vi32 lane_signs(const uint8_t* bits, int at) {
 #if defined(__AVX512F__)
@@ -103,6 +141,14 @@ static void walk_linear(const PacketView& p, const Segment& s, float weight, flo
     walk_signs<ADD>(codes, s.begin, s.n, ADD ? weight * first : first, out);
     return;
   }
+#if defined(__AVX512F__)
+  if (p.bits == 4 && p.codec == CODEC_UNIFORM)
+    return walk_nibbles<ADD>(codes, s.begin, s.n, SymmetricPoint{first, 7.0f}, weight, out);
+  if (p.bits == 4 && p.codec == CODEC_AFFINE) {
+    const AffinePoint point{first, load_scale(scales, 1, p.value_dtype)};
+    return walk_nibbles<ADD>(codes, s.begin, s.n, point, weight, out);
+  }
+#endif
   const uint8_t* each = codes + s.begin;
   if (p.codec == CODEC_TERNARY && p.form == 1) {
     unpack_trits(codes, s.begin, s.n, bytes);

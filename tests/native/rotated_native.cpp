@@ -1,4 +1,4 @@
-// Rotated and THC codes and their integer sums on exactly sized heap buffers at odd addresses: a read
+// Rotated and THC codes and their sums on exactly sized heap buffers at odd addresses: a read
 // or write one byte outside is an error of the address sanitizer. What is decoded must be what the
 // encoder left in the state.
 #include <cmath>
@@ -12,7 +12,8 @@
 
 using namespace flcore;
 
-struct Bytes {  // `count` bytes that begin `shift` bytes off any alignment and end with their memory
+// `count` bytes that begin `shift` bytes off any alignment and end with their memory
+struct Bytes {
   Bytes(int64_t count, int shift) : memory(new uint8_t[size_t(count + shift)]) {
     data = memory.get() + shift;
     std::memset(data, 0xa5, size_t(count));

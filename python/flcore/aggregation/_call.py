@@ -99,8 +99,8 @@ class Call:
     def _steps(self) -> list[PreAggregator | Rule]:
         return [*self.before, self.rule]
 
-    def rows(self) -> list[list[Any]] | PacketRows:
-        """Floating layers of the clients that are read, and of the centre."""
+    def rows(self) -> Any:
+        """Floating layers of the clients that are read, and of the centre; or their packets."""
         if self.packets is not None:
             found = self.packets.take(self.clients)
             return found if self.center is None else found.beside(self.center, "center")

@@ -153,6 +153,8 @@ class ShardedCall(Call):
 
         def open_arguments() -> _Facts:
             super(ShardedCall, self).__init__(before, last, updates, weights, center, variant)
+            if self.packets is not None:
+                raise DTypeError("updates: expected shards of updates, got packets; decode them")
             if diagnosing:
                 self.needs = self.needs or {"norms"}
             self._open(out)

@@ -53,7 +53,8 @@ def build_rotated(setup: Setup, *, numel: int) -> Workload:
         reset=encoder.reset,
         kind="ours",
     )
-    error, expected = np.zeros(numel), []
+    error: np.ndarray = np.zeros(numel)
+    expected: list[np.ndarray] = []
     for g in gradients[:2]:  # the second message depends on what the first one left
         u = (error + g).astype(np.float32)
         sent = _numpy_step(u, signs)[0]
@@ -72,17 +73,17 @@ def build_rotated(setup: Setup, *, numel: int) -> Workload:
 
 def _numpy_step(u: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return decoded values, packed codes and scales of u."""
-    x = np.zeros(signs.size, np.float32)
-    x[: u.size] = u
-    x = x.reshape(signs.shape)
+    flat = np.zeros(signs.size, np.float32)
+    flat[: u.size] = u
+    x = flat.reshape(signs.shape)
     root = np.float32(BLOCK**-0.5)
     z = hadamard.hadamard(x * signs) * root
-    squares = np.square(x).sum(1)
+    squares: np.ndarray = np.square(x).sum(1)
     inverse = np.float32(BLOCK**0.5) / np.sqrt(squares)
     half = codes_rotated.CENTROIDS[BITS]
     index = np.searchsorted(codes_rotated.bounds(BITS), np.abs(z) * inverse[:, None], "right")
     q = np.where(z < 0, -half[index], half[index])
-    scales = squares / (q * z).sum(1)
+    scales: np.ndarray = squares / (q * z).sum(1)
     codes = (index + 8 * (z < 0)).astype(np.uint8)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
     d = hadamard.hadamard(q * (scales * root)[:, None]) * signs

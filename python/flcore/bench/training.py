@@ -43,17 +43,15 @@ METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     *(
         (f"topk:ratio={ratio},values=bfloat16", feedback, {})
         for ratio in (0.01, 0.1)
-        for feedback in ("econtrol", "ef21", "ef14", "none")
+        for feedback in ("econtrol", "ef14", "none")
     ),
+    ("topk:ratio=0.01,values=bfloat16", "ef21", {}),
     ("topk:ratio=0.01,values=bfloat16", "econtrol", {"control_step": "saga"}),
     ("topk:ratio=0.01,values=bfloat16", "econtrol", {"start": "dense"}),
-    ("randk:ratio=0.1,values=bfloat16", "econtrol", {}),
     ("sign:bucket=512", "econtrol", {}),
     ("sign:bucket=512", "ef14", {}),
     ("rotated:bits=1", "ef14", {}),
-    ("rotated:bits=4", "none", {}),
-    ("absmax:bits=4", "ef14", {}),
-    ("absmax:bits=8", "none", {}),
+    ("absmax:bits=4,bucket=64", "ef14", {}),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays
+from flcore import _arrays, _native, _variants
 from flcore._arrays import View
 from flcore.errors import InvalidInputError
 
@@ -61,3 +61,42 @@ def scaled_result(first: Sequence[View], out: Sequence[Any] | None) -> list[View
                 dtype = "float32"  # a wrong `out` is then named where it is viewed
         likes.append(view._replace(dtype=dtype))
     return likes
+
+
+# ---- variants ----------------------------------------------------------------------------------
+
+
+def _combine_scaled_cpu(
+    rows: Sequence[Sequence[View]],
+    weights: np.ndarray,
+    *,
+    layers: Sequence[View],
+    state: None,
+    out: Sequence[View],
+    accumulate: str,
+    divisor: float,
+    check: bool,
+) -> int:
+    """csrc/cpu/combine.isa.cpp with `weights` (n, layers), from rows that may be int8."""
+    from flcore.ops.combine import ACCUMULATE  # which imports this module
+
+    numel = [v.numel for v in layers]
+    return _native.core.combine_scaled(
+        [v.ptr for row in rows for v in row],
+        len(rows),
+        weights.reshape(-1).tolist(),
+        numel,
+        [v.code for v in layers],
+        [v.code for v in out],
+        [v.ptr for v in out],
+        ACCUMULATE.index(accumulate),
+        divisor,
+        _native.threads_for(sum(numel) * (len(rows) + 1)),
+        check,
+    )
+
+
+_variants.add("combine_scaled", "cpu", lambda: _combine_scaled_cpu, _variants.cpu_only)
+_variants.add(
+    "combine_scaled", "reference", _variants.lazy("flcore.reference.combine", "combine_scaled")
+)

@@ -55,8 +55,10 @@ def sparsify(
     numel = int(starts[-1])
     if numel >= 2**32:
         raise VariantUnavailableError(
-            f"sparsify: variant cuda cannot do this: it takes less than 2^32 coordinates, not {numel}"
+            "sparsify: variant cuda cannot do this: it takes less than 2^32 coordinates, not "
+            f"{numel}"
         )
+    host: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
     if numel == 0:
         host = np.zeros(1, np.int64), np.empty(0, np.uint16), np.empty(0, np.uint8), None
         found = np.zeros(k.size, np.uint32)
@@ -89,6 +91,7 @@ class _Call:
         self.torch, self.where = sys.modules["torch"], layers[0].device
         self.state, self.k, self.floor, self.numel = state, k.copy(), floor, int(starts[-1])
         self.written = False
+        self.candidates: Any = None
         firsts = np.cumsum([0, *(v.numel for v in layers)], dtype=np.int64)
         parts = _parts(firsts, starts)
         self.first_part = np.searchsorted(parts[:, 2], np.arange(k.size + 1))
@@ -149,10 +152,9 @@ class _Call:
         """Gather candidates, write the new state; False when a value is not finite."""
         guess = None if self.in_place else self.guess(tau, slack)
         if guess is not None:
-            total = self.mark(guess, write=True)
-            if total is None:
+            if not self.mark(guess, write=True, guessed=True):
                 return False
-            if self.enough(total):
+            if self.candidates is not None:
                 self.level, self.known = 0, _unknown(self.k)
                 return True
         return self.search()
@@ -177,8 +179,8 @@ class _Call:
         few = found <= 4 * self.k + FEW
         return bool((few & ((found >= self.k) | bool(self.floor))).all())
 
-    def mark(self, cut: np.ndarray, *, write: bool) -> np.ndarray | None:
-        """Gather what reaches the cuts; return how many in each segment, None: not finite."""
+    def mark(self, cut: np.ndarray, *, write: bool, guessed: bool = False) -> bool:
+        """Gather what reaches the cuts unless a guess was wrong; False: not finite."""
         words = _native.cuda.SPARSE_PART // 32
         mask, found = self.empty(self.count, words), self.zeros(self.count)
         cuts = self.upload(cut.view(np.int32))
@@ -189,13 +191,12 @@ class _Call:
         picked = starts[self.upload(self.first_part)]
         *borders, flag = self.torch.cat([picked, self.flags.to(self.torch.int64)]).tolist()
         if flag:
-            return None
-        self.written = write
-        total: np.ndarray = np.diff(np.array(borders, np.int64))
-        if not write or self.enough(total):
+            return False
+        self.written = self.written or write
+        if not guessed or self.enough(np.diff(np.array(borders, np.int64))):
             self.candidates = self.lists(starts, max(borders[-1], 1))
             self.passes.gather(addresses[0], _addresses(self.candidates))
-        return total
+        return True
 
     def search(self) -> bool:
         """Look for the cuts digit by digit, until the candidates are few."""
@@ -213,7 +214,7 @@ class _Call:
                 break
         bins = self.known[:, 3] << LEVELS[self.level - 1][0]
         cut = np.maximum(bins, self.floor).astype(np.uint32)
-        if self.mark(cut, write=not self.in_place and not self.written) is None:
+        if not self.mark(cut, write=not self.in_place and not self.written):
             return False
         if self.in_place:
             self.passes.sweep(0, True, 0, 0, _arrays.address(self.flags))

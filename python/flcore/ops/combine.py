@@ -371,34 +371,6 @@ def _combine_cpu(
     )
 
 
-def _combine_scaled_cpu(
-    rows: Sequence[Sequence[View]],
-    weights: np.ndarray,
-    *,
-    layers: Sequence[View],
-    state: None,
-    out: Sequence[View],
-    accumulate: str,
-    divisor: float,
-    check: bool,
-) -> int:
-    """Compute the same with `weights` (n, layers), from rows that may be int8."""
-    numel = [v.numel for v in layers]
-    return _native.core.combine_scaled(
-        [v.ptr for row in rows for v in row],
-        len(rows),
-        weights.reshape(-1).tolist(),
-        numel,
-        [v.code for v in layers],
-        [v.code for v in out],
-        [v.ptr for v in out],
-        ACCUMULATE.index(accumulate),
-        divisor,
-        _native.threads_for(sum(numel) * (len(rows) + 1)),
-        check,
-    )
-
-
 def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     numel = [v.numel for v in rows[0]] if rows else []
     found = _native.core.nonfinite(
@@ -411,12 +383,6 @@ def _nonfinite_cpu(rows: Sequence[Sequence[View]]) -> list[bool]:
     return [bool(f) for f in found]
 
 
-_variants.add(
-    "combine_scaled", "cpu", _variants.lazy(__name__, "_combine_scaled_cpu"), _variants.cpu_only
-)
-_variants.add(
-    "combine_scaled", "reference", _variants.lazy("flcore.reference.combine", "combine_scaled")
-)
 for _op in ("combine", "nonfinite"):
     _variants.add(_op, "cpu", _variants.lazy(__name__, f"_{_op}_cpu"), _variants.cpu_only)
     _variants.add(_op, "reference", _variants.lazy("flcore.reference.combine", _op))

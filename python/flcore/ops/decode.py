@@ -107,8 +107,8 @@ def decode_add_into(
     weights : numbers, one a packet
         Finite, any sign.
     out : sequence of arrays
-        The layers of the accumulator, float32 or float64, writable, NumPy or torch; all on one device.
-        Coordinates count through the layers in order.
+        The layers of the accumulator, float32 or float64, writable, NumPy or torch; all on one
+        device. Coordinates count through the layers in order.
 
     Raises
     ------

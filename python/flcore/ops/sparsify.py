@@ -48,18 +48,19 @@ def sparsify(
     smaller index; indices in the packet increase. Packet and state are the same bits for every
     variant, level and thread count.
 
-    With histograms, two passes: g, e, h are read twice and e is written once, 28 bytes a coordinate
-    for EControl in float32 (20 for EF14, 8 for plain top-k). With a carried threshold `tau` and
-    spares for e and v, one pass: 16 (12, 4). If fewer than k entries reach ``slack * tau``, or more
-    than 4 k + 4096, the two passes follow: the result is the same. A pass more when over 2 k + 4096
-    keys share the 11 leading bits with the k-th. Segments of at most 65,536 coordinates are
-    selected in cache, in one pass.
+    In place, two passes: g, e, h are read twice and e is written once, 28 bytes a coordinate for
+    EControl in float32 (20 for EF14, 8 for plain top-k). With spares for e and v one pass, with a
+    threshold guessed from `tau` or, where there is none, from a sample: 16 (12, 4). If fewer than k
+    entries reach `slack` times the guess, or more than 4 k and an eighth of all, the two passes
+    follow: the result is the same. A pass more when over 2 k + 4096 keys share the 11 leading bits
+    with the k-th. Segments of at most 65,536 coordinates are selected in cache, in one pass.
 
     Parameters
     ----------
     update : array, or list, tuple or dict of arrays
-        g: float64, float32, float16 or bfloat16, on the CPU. Layers are read where they lie; a
-        coordinate's index counts through the layers in order.
+        g: float64, float32, float16 or bfloat16, on one device, where e, h, v are too; the packet
+        is in CPU memory. Layers are read where they lie; a coordinate's index counts through the
+        layers in order.
     k : int or (segments,) int64 array
         1 <= k <= d, in each segment; 0 when there are no coordinates.
     segments : (segments + 1,) int64 array, optional
@@ -88,7 +89,7 @@ def sparsify(
         Header fields (docs/packet.md); FLAG_CHECKSUM is always set.
     tensors : bytes
         A tensor table of `flcore.reference.wire_writer.pack_tensors`, or nothing.
-    variant : {"reference", "cpu"}, optional
+    variant : {"reference", "cpu", "cuda"}, optional
         Which implementation runs.
 
     Returns
@@ -131,12 +132,14 @@ def sparsify(
     if not 0 <= rank <= int(counts.sum()):
         raise InvalidInputError(f"rank: expected 0 to k, got {rank}")
     _check_tau(tau, counts.size)
+    devices = sorted({v.device for v in views if v.numel})
+    if len(devices) > 1:
+        raise InvalidInputError(f"update: expected layers on one device, got {', '.join(devices)}")
+    device = devices[0] if devices else "cpu"
     before = state or State()
-    before.check(numel)
+    before.check(numel, device)
     # h changes at the entries alone, so its spare would only have to be made equal
     inner = replace(before, spare={n: x for n, x in before.spare.items() if n != "h"})
-    devices = {v.device for v in views}
-    device = next((d for d in devices if d != "cpu"), "cpu")
     fields = {
         "source_dtype": source_dtype(views),
         "round": round,
@@ -283,3 +286,9 @@ def _reference(
 
 _variants.add("sparsify", "cpu", lambda: _cpu, _variants.cpu_only)
 _variants.add("sparsify", "reference", lambda: _reference, _variants.cpu_only)
+_variants.add(
+    "sparsify",
+    "cuda",
+    _variants.lazy("flcore.ops._sparsify_cuda", "sparsify"),
+    _variants.needs_cuda,
+)

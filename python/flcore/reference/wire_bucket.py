@@ -180,11 +180,11 @@ def _check_scales(parts: Parts) -> np.ndarray:
     scales = decode_values(raw, h.value_dtype).reshape(-1, scales_per_bucket(h.codec))
     units = scales[:, -1].astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        top = _reach(h) * units
+        most = _reach(h) * units
         if h.codec == "affine":
-            top = top + np.abs(scales[:, 0].astype(np.float64))
+            most = most + np.abs(scales[:, 0].astype(np.float64))
     plural = "its scales are" if h.codec == "affine" else "its scale is"
-    good = ~np.signbit(units) & (top <= LARGEST)
+    good = ~np.signbit(units) & (most <= LARGEST)
     bad = int(np.argmin(good)) if good.size else 0
     need(bool(good.all()), f"bucket {bad}: {plural} negative, not finite, or too large")
     return scales

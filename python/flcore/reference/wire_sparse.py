@@ -106,9 +106,7 @@ CHOICES = {"auto": ("tile16", "bitmask"), "smallest": ("tile16", "bitmask", "bit
 """Codings that a writer chooses among, by the name of the choice."""
 
 
-def smallest(
-    indices: np.ndarray, counts: np.ndarray, numel: int, among: tuple[str, ...]
-) -> str:
+def smallest(indices: np.ndarray, counts: np.ndarray, numel: int, among: tuple[str, ...]) -> str:
     """Return the index coding of fewest bytes; of equal ones the first of `among`."""
     return min(among, key=lambda index: len(index_section(indices, counts, numel, index)))
 
