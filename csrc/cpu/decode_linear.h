@@ -48,7 +48,8 @@ struct AffinePoint {  // lo + unit code
 };
 
 template <bool ADD, class Point>
-static void walk_codes(const uint8_t* codes, int64_t n, const Point& point, float weight, float* out) {
+static void walk_codes(const uint8_t* codes, int64_t n, const Point& point, float weight,
+                       float* out) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     const vf32 d = point.at(code_values(codes + i, vf32{}));
@@ -61,8 +62,8 @@ static void walk_codes(const uint8_t* codes, int64_t n, const Point& point, floa
 }
 
 #if defined(__AVX512F__)
-// Codes of 4 bits: what each stands for (ADD: times the weight) fits one register, and looking it up
-// takes one instruction.
+// Codes of 4 bits: what each stands for (ADD: times the weight) fits one register, and looking it
+// up takes one instruction.
 template <bool ADD, class Point>
 static void walk_nibbles(const uint8_t* codes, int64_t begin, int64_t n, const Point& point,
                          float weight, float* out) {
