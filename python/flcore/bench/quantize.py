@@ -63,8 +63,8 @@ def _same_but_for_ties(
         if result.shape != want.shape:
             return f"shape {result.shape}, expected {want.shape}"
         error = np.abs(result - want)
-        if not error.max(initial=0) <= 1.01 * step:
-            return f"a value is {error.max():.3g} off, more than a step of {step:.3g}"
+        if not error.max(initial=0) <= 2.01 * step:  # a step of the round before moves two now
+            return f"a value is {error.max():.3g} off, more than two steps of {step:.3g}"
         differ = int(np.sum(error > 1e-4 * step))
         return f"{differ} values differ" if differ > 4 + want.size // 2000 else None
 
