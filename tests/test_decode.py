@@ -152,7 +152,7 @@ def test_layers_of_the_accumulator(rng):
 
 
 def test_sum_equals_dense_sum_bitwise(rng):
-    """Wire-format card, check 5: the same float32 operations as on dense vectors."""
+    """The same float32 operations as on dense vectors."""
     packets = packets_of(rng, 70_000, count=2)
     for w1, w2 in ((0.25, 3.0), (1 / 3, -0.1)):
         got = decode_add(packets, [w1, w2], np.zeros(70_000, np.float32))

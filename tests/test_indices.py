@@ -80,7 +80,7 @@ def test_parameter_by_the_formula_of_the_paper(rng):
     ],
 )
 def test_bits_per_index_of_uniform_supports(rho, rice, bitpack, rng):
-    """The table of the card, within 1.5 %, and Rice within 2 % of the entropy bound."""
+    """Measured bits of each coding, within 1.5 %, and Rice within 2 % of the entropy bound."""
     numel = 2**22
     indices = np.flatnonzero(rng.random(numel) < rho)
     tiles = numel // TILE

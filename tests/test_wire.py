@@ -192,7 +192,7 @@ def test_round_trip_of_arbitrary_supports(numel, index, rng):
 
 
 def test_bits_per_kept_entry(rng):
-    """Wire-format card: 16 bits of index an entry, 32.2 bits in all with 16-bit values at 1 %."""
+    """16 bits of index an entry, 32.2 bits in all with 16-bit values at 1 %."""
     packet = sparsify(rng.standard_normal(10**6), k=10_000, values="bfloat16")
     assert 8 * packet.size / 10_000 <= 32.6  # d = 10^6: the 192-byte frame and tile counts show
     nbytes = wire_writer.packet_nbytes(10**7, 10**5, "tile16", "bfloat16")

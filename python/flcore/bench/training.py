@@ -48,6 +48,13 @@ METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("topk:ratio=0.01,values=bfloat16", "ef21", {}),
     ("topk:ratio=0.01,values=bfloat16", "econtrol", {"control_step": "saga"}),
     ("topk:ratio=0.01,values=bfloat16", "econtrol", {"start": "dense"}),
+    ("none", "none", {"server_lr": 1.5}),
+    ("topk:ratio=0.01,values=bfloat16", "econtrol", {"server_lr": 1.5}),
+    (
+        "topk:ratio=0.01,values=bfloat16",
+        "econtrol",
+        {"control_step": "saga", "server_lr": 2.0},
+    ),
     ("sign:bucket=512", "econtrol", {}),
     ("sign:bucket=512", "ef14", {}),
     ("rotated:bits=1", "ef14", {}),
@@ -117,9 +124,13 @@ def run_training(
                 seed=seed,
                 codec=None if codec == "none" else from_text(CODECS, codec),
                 feedback=None if feedback == "none" else from_text(FEEDBACKS, feedback),
-                **extra,
+                **{name: value for name, value in extra.items() if name != "server_lr"},
             )
-            algorithm = create("fedavg", local_epochs=scene.local_epochs)
+            algorithm = create(
+                "fedavg",
+                local_epochs=scene.local_epochs,
+                server_lr=extra.get("server_lr", 1.0),
+            )
             histories.append(run(algorithm, "mlp", data, settings))
         up, down = histories[0].bytes_up, histories[0].bytes_down
         accuracy = tuple(history.mean_accuracy(10) for history in histories)

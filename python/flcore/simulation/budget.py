@@ -16,7 +16,7 @@ __all__ = ["ENOUGH", "advice", "coverage"]
 ENOUGH = 0.2
 """Share of an update below which runs ended clearly behind uncompressed ones.
 
-docs/compression-training.md: at 0.06 five points behind, at 0.3 and 0.6 within one.
+docs/compression-training.md: at 0.06 three points behind, at 0.3 to 0.6 about one or less.
 """
 
 
