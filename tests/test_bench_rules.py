@@ -212,4 +212,4 @@ def test_scaling_from_the_command_line(tmp_path):
     assert answer.exit_code == 0, answer.output
     assert "Krum" in answer.output and (tmp_path / "s.json").exists()
     answer = CliRunner().invoke(app, ["rules", "--plot", "x.svg"], env={"COLUMNS": "200"})
-    assert answer.exit_code == 2 and "has a plot" in answer.output
+    assert answer.exit_code == 2 and "have a plot" in answer.output

@@ -130,7 +130,8 @@ class SparsifyPasses {
 
 void bind_cuda_compression(py::module_& m) {
   m.attr("SPARSE_PART") = cuda::SPARSE_PART;
-  py::class_<SparsifyPasses>(m, "SparsifyPasses", "Passes of top-k (kernels/sparsify.cu).")
+  py::class_<SparsifyPasses>(m, "SparsifyPasses", py::module_local(),
+                             "Passes of top-k (kernels/sparsify.cu).")
       .def(py::init<int64_t, int64_t, const Triple&, const py::dict&, uint64_t, uint64_t, uintptr_t,
                     int64_t, int64_t, int, uintptr_t>(),
            py::kw_only(), py::arg("numel"), py::arg("layers"), py::arg("table"), py::arg("state"),

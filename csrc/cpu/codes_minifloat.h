@@ -63,7 +63,7 @@ FLCORE_INLINE vi32 mini_cast(const vf32& u, float inverse, float scale, const ui
   const vf32 y = (vf32)(bits & 0x7fffffff) * inverse;
   vi32 e = vi32{} + int32_t(exponent_bits(F.emin));  // 2^e as a float
   if constexpr (FORM != INT8) e = higher((vi32)y, e) & 0x7f800000;
-  const vf32 z = y * (vf32)(int32_t(uint32_t(254 + F.mantissa) << 23) - e);
+  const vf32 z = y * (vf32)((uint32_t(254 + F.mantissa) << 23) - (vu32)e);  // 2^(M - exponent)
   vi32 k;
   if constexpr (RANDOM)
     k = __builtin_convertvector(z + random_fraction(random, i, z), vi32);

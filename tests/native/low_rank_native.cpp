@@ -119,6 +119,6 @@ int main() {
     for (int64_t rows : {1, 3, 9}) sketches(threads, rows, 37);
     sketches(threads, 5, 20000);
   }
-  std::puts("low_rank_native: ok");
+  std::printf("ok %s\n", cpu().name);
   return 0;
 }

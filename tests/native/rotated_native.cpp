@@ -2,6 +2,7 @@
 // or write one byte outside is an error of the address sanitizer. What is decoded must be what the
 // encoder left in the state.
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -188,5 +189,6 @@ int main() {
         thc(numel, block, 2, threads);
         thc(numel, block, 4, threads);
       }
+  std::printf("ok %s\n", cpu().name);
   return 0;
 }
