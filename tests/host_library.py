@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +20,25 @@ import pytest
 
 from support import ROOT
 
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-psabi")
+FLAGS = (
+    *("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-psabi"),
+    "-fno-gnu-unique",  # several of these libraries in a process: each with statics of its own
+)
 ALWAYS = (
     "kernels/device.cu",
     "csrc/bindings/cuda.cpp",
     "csrc/bindings/cuda_compression.cpp",
     "tests/cuda_on_host/fibers.cpp",
 )
+
+
+KERNELS = tuple(f"kernels/{name}.cu" for name in ("select", "gram", "decode", "sparsify", "rotate"))
+
+
+@functools.cache
+def shared() -> tuple[ModuleType, Callable[[int, bool], None]]:
+    """Return `build` of all kernels that run on the host; two such libraries do not get along."""
+    return build(Path(tempfile.mkdtemp(prefix="flcore-host-")), KERNELS)
 
 
 def build(folder: Path, kernels: tuple[str, ...]) -> tuple[ModuleType, Callable[[int, bool], None]]:
@@ -52,7 +66,7 @@ def build(folder: Path, kernels: tuple[str, ...]) -> tuple[ModuleType, Callable[
         objects = list(pool.map(compiled, (*kernels, *ALWAYS)))
     path = folder / "_cuda.so"
     # lazy: the launchers of the other kernels are missing
-    link = [compiler, "-shared", "-Wl,-z,lazy", *objects, "-o", str(path)]
+    link = [compiler, "-shared", "-Wl,-z,lazy", "-Wl,-Bsymbolic", *objects, "-o", str(path)]
     subprocess.run(link, check=True, capture_output=True)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None and spec.loader is not None

@@ -18,7 +18,7 @@ from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.ops.decode import decode_add_into, decode_into
 from flcore.ops.quantize import quantize
 from flcore.ops.sparsify import sparsify
-from host_library import build
+from host_library import shared
 from support import HAS_TORCH
 
 if not HAS_TORCH:
@@ -58,9 +58,9 @@ SPARSE = tuple(
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The module and the function that sets multiprocessors and the order of the threads."""
-    return build(tmp_path_factory.mktemp("host"), ("kernels/decode.cu", "kernels/sparsify.cu"))
+    return shared()
 
 
 @pytest.fixture(params=["ascending", "descending"])

@@ -7,15 +7,10 @@ threads between two barriers.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -26,68 +21,23 @@ from flcore.errors import InvalidInputError
 from flcore.ops.select import MEDIANS, parse_mix
 from flcore.reference import gram as gram_reference
 from flcore.reference.select import OPS
-from support import HAS_TORCH, ROOT
+from host_library import shared
+from support import HAS_TORCH
 
 if not HAS_TORCH:
     pytest.skip("needs torch", allow_module_level=True)
 import torch
 
 pytestmark = pytest.mark.slow
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-psabi")
-SOURCES = (
-    "kernels/select.cu",
-    "kernels/gram.cu",
-    "kernels/device.cu",
-    "csrc/bindings/cuda.cpp",
-    "csrc/bindings/cuda_compression.cpp",
-    "tests/cuda_on_host/fibers.cpp",
-)
 TYPES = {name: getattr(torch, name) for name in _arrays.DTYPE_CODES}
 # all networks in registers, then columns of shared memory: runs of 32 whole and cut short
 COUNTS = (*range(1, 34), 40, 63, 64, 65, 80, 97, 128, 129, 200)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> tuple[ModuleType, Callable[[int, bool], None]]:
+def library() -> tuple[ModuleType, Callable[[int, bool], None]]:
     """The module and the function that sets multiprocessors and the order of the threads."""
-    compiler = shutil.which("c++")
-    if compiler is None or importlib.util.find_spec("pybind11") is None:
-        pytest.skip("needs a C++ compiler and pybind11")
-    import sysconfig
-
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    places = (
-        *(ROOT / name for name in ("tests/cuda_on_host", "csrc", "kernels")),
-        *(pybind11.get_include(), sysconfig.get_path("include")),
-    )
-
-    def compiled(source: str) -> str:
-        target = str(folder / (source.replace("/", "_") + ".o"))
-        command = [compiler, *FLAGS, *(f"-I{p}" for p in places), "-x", "c++", "-c"]
-        done = subprocess.run(
-            [*command, str(ROOT / source), "-o", target], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    path = folder / "_cuda.so"
-    # lazy: the launchers of the other kernels are missing
-    link = [compiler, "-shared", "-Wl,-z,lazy", *objects, "-o", str(path)]
-    subprocess.run(link, check=True, capture_output=True)
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    assert spec is not None and spec.loader is not None
-    before = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY)
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.setdlopenflags(before)
-    return module, ctypes.CDLL(str(path)).on_host_set
+    return shared()
 
 
 @pytest.fixture(params=["ascending", "descending"])
