@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,19 @@ class State:
         kept = [x for x in (self.e, self.v) if x is not None]
         narrow = kept and _arrays.dtype_name(kept[0]) in ("uint16", "bfloat16")
         return "bfloat16" if narrow else "float32"
+
+    def without_spare(self, name: str) -> State:
+        """Return the same buffers with `name` updated in place; `take` brings the result back.
+
+        For packets that change a buffer at few coordinates: its spare would have to be made equal.
+        """
+        return replace(self, spare={n: x for n, x in self.spare.items() if n != name})
+
+    def take(self, other: State) -> None:
+        """Take over buffers and spares of a state of `without_spare`, after success."""
+        for name in NAMES:
+            setattr(self, name, getattr(other, name))
+        self.spare.update(other.spare)
 
     def commit(self) -> None:
         """Make what was written to the spares the state; encoders call it after success."""

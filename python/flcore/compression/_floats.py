@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from flcore.compression._codec import Codec, Job
-from flcore.errors import InvalidInputError
+from flcore.compression._settings import check_choice, check_integer
 from flcore.ops.quantize import quantize
 from flcore.reference.codes_float import FORMATS
 
@@ -20,16 +20,6 @@ __all__ = ["FP8", "MX", "NF4", "Dense", "Natural"]
 ROUNDINGS = ("nearest", "stochastic")
 VALUES = {"float32": 32, "float16": 16, "bfloat16": 16}
 LONGEST = 65_536  # coordinates a bucket of codes that have no scale
-
-
-def _check(name: str, value: object, known: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in known:
-        raise InvalidInputError(f"{name}: expected one of {known}, got {value!r}")
-
-
-def _check_bucket(bucket: object) -> None:
-    if isinstance(bucket, bool) or not isinstance(bucket, int) or not 1 <= bucket <= LONGEST:
-        raise InvalidInputError(f"bucket: expected an integer from 1 to {LONGEST}, got {bucket!r}")
 
 
 class _FloatCodec(Codec):
@@ -81,8 +71,8 @@ class Dense(_FloatCodec):
     name: ClassVar[str] = "dense"
 
     def __post_init__(self) -> None:
-        _check("values", self.values, tuple(VALUES))
-        _check("rounding", self.rounding, ROUNDINGS)
+        check_choice("values", self.values, tuple(VALUES))
+        check_choice("rounding", self.rounding, ROUNDINGS)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet, 4 or 2 bytes a coordinate; see `Codec.encode`."""
@@ -122,8 +112,8 @@ class Natural(_FloatCodec):
     name: ClassVar[str] = "natural"
 
     def __post_init__(self) -> None:
-        _check("bits", self.bits, (8, 9))
-        _check("rounding", self.rounding, ROUNDINGS)
+        check_choice("bits", self.bits, (8, 9))
+        check_choice("rounding", self.rounding, ROUNDINGS)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet, `bits` a coordinate; see `Codec.encode`."""
@@ -164,9 +154,9 @@ class FP8(_FloatCodec):
     name: ClassVar[str] = "fp8"
 
     def __post_init__(self) -> None:
-        _check("format", self.format, ("e4m3", "e5m2"))
-        _check("rounding", self.rounding, ROUNDINGS)
-        _check_bucket(self.bucket)
+        check_choice("format", self.format, ("e4m3", "e5m2"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_integer("bucket", self.bucket, 1, LONGEST)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet, 1 + 4 / bucket bytes a coordinate; see `Codec.encode`."""
@@ -205,8 +195,8 @@ class MX(_FloatCodec):
     block: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
-        _check("format", self.format, tuple(name for name in FORMATS if name != "nf4"))
-        _check("rounding", self.rounding, ROUNDINGS)
+        check_choice("format", self.format, tuple(name for name in FORMATS if name != "nf4"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet, bits of an element + 1/4 a coordinate; see `Codec.encode`."""
@@ -245,7 +235,7 @@ class NF4(_FloatCodec):
     name: ClassVar[str] = "nf4"
 
     def __post_init__(self) -> None:
-        _check_bucket(self.bucket)
+        check_integer("bucket", self.bucket, 1, LONGEST)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet, 1/2 + 4 / bucket bytes a coordinate; see `Codec.encode`."""

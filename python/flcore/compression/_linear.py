@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from flcore.compression._codec import Codec, Job
+from flcore.compression._codec import Codec, Job, eta_of_bits
+from flcore.compression._settings import check_choice, check_integer
 from flcore.errors import InvalidInputError
 from flcore.ops.quantize import quantize
 
@@ -23,19 +24,6 @@ SCALE_DTYPES = ("float32", "bfloat16")
 MAX_BUCKET = 65_536
 
 
-def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in known:
-        words = ", ".join(str(x) for x in known)
-        raise InvalidInputError(f"{name}: expected one of {words}, got {value!r}")
-
-
-def _check_integer(name: str, value: object, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InvalidInputError(
-            f"{name}: expected an integer from {least} to {most}, got {value!r}"
-        )
-
-
 class _LinearCodec(Codec):
     """What these codecs share."""
 
@@ -43,8 +31,8 @@ class _LinearCodec(Codec):
     scale_dtype: str
 
     def _check(self, least_bucket: int = 1) -> None:
-        _check_integer("bucket", self.bucket, least_bucket, MAX_BUCKET)
-        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_integer("bucket", self.bucket, least_bucket, MAX_BUCKET)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
 
     @abstractmethod
     def _bits(self) -> int:
@@ -52,7 +40,7 @@ class _LinearCodec(Codec):
 
     def eta(self, numel: int) -> float:
         """Return 0.3 up to two bits, 0.5 above: the error control can trust finer codes more."""
-        return 0.3 if self._bits() <= 2 else 0.5
+        return eta_of_bits(self._bits())
 
     def _quantize(self, job: Job, codec: str, **options: object) -> np.ndarray:
         return quantize(
@@ -115,7 +103,7 @@ class Sign(_LinearCodec):
     name: ClassVar[str] = "sign"
 
     def __post_init__(self) -> None:
-        _check_choice("scale", self.scale, ("mean", "l2", "two_means"))
+        check_choice("scale", self.scale, ("mean", "l2", "two_means"))
         self._check(2 if self.scale == "two_means" else 1)
 
     def _bits(self) -> int:
@@ -165,7 +153,7 @@ class Ternary(_LinearCodec):
     name: ClassVar[str] = "ternary"
 
     def __post_init__(self) -> None:
-        _check_choice("packing", self.packing, ("trits", "bits"))
+        check_choice("packing", self.packing, ("trits", "bits"))
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise InvalidInputError(f"clip: expected None or a number above 0, got {self.clip!r}")
         self._check()
@@ -234,8 +222,8 @@ class AbsMax(_LinearCodec):
     name: ClassVar[str] = "absmax"
 
     def __post_init__(self) -> None:
-        _check_integer("bits", self.bits, 2, 8)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+        check_integer("bits", self.bits, 2, 8)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         self._check()
 
     def _bits(self) -> int:
@@ -288,8 +276,8 @@ class Uniform(_LinearCodec):
     name: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
-        _check_integer("levels", self.levels, 1, 127)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+        check_integer("levels", self.levels, 1, 127)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         self._check()
 
     def _bits(self) -> int:
@@ -343,8 +331,8 @@ class Affine(_LinearCodec):
     name: ClassVar[str] = "affine"
 
     def __post_init__(self) -> None:
-        _check_integer("bits", self.bits, 1, 8)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+        check_integer("bits", self.bits, 1, 8)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         self._check(2)
 
     def _bits(self) -> int:

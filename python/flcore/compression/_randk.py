@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import numpy as np
 
 from flcore.compression._codec import Codec, Job
+from flcore.compression._settings import check_choice
+from flcore.compression._share import check_share, share_of
 from flcore.errors import InvalidInputError
 from flcore.ops.randk import randk
 from flcore.reference import wire
@@ -74,20 +75,11 @@ class RandK(Codec):
     dense_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.k is None):
-            raise InvalidInputError("RandK: expected either ratio or k, e.g. RandK(ratio=0.01)")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise InvalidInputError(f"ratio: expected 0 < ratio <= 1, got {self.ratio!r}")
-        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-        if self.k is not None and not (whole and self.k >= 1):
-            raise InvalidInputError(f"k: expected an integer of at least 1, got {self.k!r}")
+        check_share("RandK", self.ratio, self.k)
         for name in ("scaled", "shared"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if self.values not in wire.VALUE_DTYPES:
-            raise InvalidInputError(
-                f"values: expected one of {', '.join(wire.VALUE_DTYPES)}, got {self.values!r}"
-            )
+        check_choice("values", self.values, wire.VALUE_DTYPES)
 
     @property
     def shared_seed(self) -> bool:  # type: ignore[override]
@@ -96,11 +88,7 @@ class RandK(Codec):
 
     def count(self, numel: int) -> int:
         """Return the number of coordinates kept of `numel`."""
-        if self.k is not None:
-            return min(self.k, numel)
-        # as a decimal: 0.07 of 100 is 7, while 0.07 * 100 is a little more in binary
-        share = Fraction(repr(float(self.ratio or 0)))
-        return min(numel, max(1, math.ceil(share * numel)))
+        return share_of(numel, self.ratio, self.k)
 
     def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Return the number of values that a packet of layers of these shapes holds."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from flcore.compression._codec import Codec, Job
+from flcore.compression._codec import Codec, Job, eta_of_bits
+from flcore.compression._settings import check_flag
 from flcore.errors import InvalidInputError
 from flcore.ops.quantize import quantize
 
@@ -83,18 +84,14 @@ class Rotated(Codec):
     block: int = 1024
     unbiased: bool = True
     shared: bool = False
-    family: ClassVar[str] = "codec"
     name: ClassVar[str] = "rotated"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (1, 2, 3, 4):
             raise InvalidInputError(f"bits: expected 1, 2, 3 or 4, got {self.bits!r}")
         check_block(self.block)
-        for name in ("unbiased", "shared"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidInputError(
-                    f"{name}: expected True or False, got {getattr(self, name)!r}"
-                )
+        check_flag("unbiased", self.unbiased)
+        check_flag("shared", self.shared)
 
     @property
     def shared_seed(self) -> bool:  # type: ignore[override]
@@ -103,7 +100,7 @@ class Rotated(Codec):
 
     def eta(self, numel: int) -> float:
         """Return 0.3 up to two bits, 0.5 above: the error control can trust finer codes more."""
-        return 0.3 if self.bits <= 2 else 0.5
+        return eta_of_bits(self.bits)
 
     def encode(self, job: Job) -> np.ndarray:
         """Return the packet and move the state on."""

@@ -9,7 +9,28 @@ from typing import Any, ClassVar
 
 from flcore.errors import InvalidInputError
 
-__all__ = ["Settings", "from_text"]
+__all__ = ["Settings", "check_choice", "check_flag", "check_integer", "from_text"]
+
+
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raise `InvalidInputError` unless `value` is one of the known ones; True is not 1 here."""
+    if isinstance(value, bool) or value not in known:
+        words = ", ".join(str(x) for x in known)
+        raise InvalidInputError(f"{name}: expected one of {words}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise `InvalidInputError` unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidInputError(
+            f"{name}: expected an integer from {least} to {most}, got {value!r}"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `InvalidInputError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name}: expected True or False, got {value!r}")
 
 
 class Settings:

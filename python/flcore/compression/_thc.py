@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flcore.compression._codec import Codec, Job
+from flcore.compression._codec import Codec, Job, eta_of_bits
 from flcore.compression._packet import _as_packet
 from flcore.compression._rotated import check_block
+from flcore.compression._settings import check_integer
 from flcore.errors import InvalidInputError
 from flcore.ops.decode import ParsedPacket
 from flcore.ops.lut_add import lut_add
@@ -92,18 +93,13 @@ class THC(Codec):
     clip: float = 1 / 32
     block: int = 1024
     norms: str = "block"
-    family: ClassVar[str] = "codec"
     name: ClassVar[str] = "thc"
     shared_seed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (2, 4):
             raise InvalidInputError(f"bits: expected 2 or 4, got {self.bits!r}")
-        least, g = (1 << self.bits) - 1, self.granularity
-        if isinstance(g, bool) or not isinstance(g, int) or not least <= g <= LARGEST_TABLE:
-            raise InvalidInputError(
-                f"granularity: expected an integer from {least} to {LARGEST_TABLE}, got {g!r}"
-            )
+        check_integer("granularity", self.granularity, (1 << self.bits) - 1, LARGEST_TABLE)
         if not 1e-6 <= self.clip <= 0.5:
             raise InvalidInputError(f"clip: expected a share from 1e-6 to 0.5, got {self.clip!r}")
         check_block(self.block)
@@ -122,7 +118,7 @@ class THC(Codec):
 
     def eta(self, numel: int) -> float:
         """Return 0.3 with two bits, 0.5 with four."""
-        return 0.3 if self.bits == 2 else 0.5
+        return eta_of_bits(self.bits)
 
     def norm(self, job: Job) -> np.ndarray:
         """Return what the client tells the others: the norm of each block, or of all of it.

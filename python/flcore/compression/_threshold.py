@@ -11,7 +11,9 @@ from typing import ClassVar
 import numpy as np
 
 from flcore.compression._codec import Codec, Job
-from flcore.compression._topk import carried_tau
+from flcore.compression._settings import check_choice
+from flcore.compression._share import check_ratio, decimal, share_of
+from flcore.compression._topk import INDICES, carried_tau
 from flcore.errors import InvalidInputError
 from flcore.ops.sparsify import sparsify
 from flcore.ops.threshold import sample_threshold
@@ -84,35 +86,28 @@ class Threshold(Codec):
         largest = float(np.finfo(np.float32).max)
         if self.tau is not None and not 0 <= self.tau <= largest:
             raise InvalidInputError(f"tau: expected a finite float32 >= 0, got {self.tau!r}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise InvalidInputError(f"ratio: expected 0 < ratio <= 1, got {self.ratio!r}")
+        check_ratio(self.ratio)
         if self.max_ratio is not None and not (self.ratio or 0) <= self.max_ratio <= 1:
             raise InvalidInputError(
                 f"max_ratio: expected {self.ratio or 0} to 1, got {self.max_ratio!r}"
             )
-        for name, value, known in (
-            ("estimate", self.estimate, ESTIMATES),
-            ("values", self.values, tuple(wire.VALUE_DTYPES)),
-            ("index", self.index, ("auto", "smallest", *wire.INDEX_CODINGS)),
-        ):
-            if value not in known:
-                raise InvalidInputError(
-                    f"{name}: expected one of {', '.join(known)}, got {value!r}"
-                )
+        check_choice("estimate", self.estimate, ESTIMATES)
+        check_choice("values", self.values, wire.VALUE_DTYPES)
+        check_choice("index", self.index, INDICES)
 
     def count(self, numel: int) -> int:
         """Return the number of entries of `numel` that `ratio` asks for."""
-        return min(numel, max(1, math.ceil(_decimal(self.ratio or 0) * numel)))
+        return share_of(numel, self.ratio)
 
     def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Return the largest number of entries that a packet of layers of these shapes holds."""
         numel = sum(math.prod(shape) for shape in shapes)
         most = Fraction(1)
         if self.max_ratio is not None:
-            most = _decimal(self.max_ratio)
+            most = decimal(self.max_ratio)
         elif self.ratio is not None:
-            most = _decimal(self.ratio) * 13 / 10
-        return min(numel, max(1, math.ceil(most * numel)))
+            most = decimal(self.ratio) * 13 / 10
+        return share_of(numel, most)
 
     def eta(self, numel: int) -> float:
         """Return the share of the entries that is expected.
@@ -154,8 +149,3 @@ class Threshold(Codec):
         if tau is not None:
             job.memory["tau"] = tau
         return packet
-
-
-def _decimal(ratio: float) -> Fraction:
-    """Return a ratio as the decimal that was written: 0.07 of 100 is 7."""
-    return Fraction(repr(float(ratio)))

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flcore.compression._codec import Codec, Job
+from flcore.compression._settings import check_choice, check_integer
+from flcore.compression._share import check_share, decimal, share_of
 from flcore.errors import InvalidInputError
 from flcore.ops.sparsify import sparsify
 from flcore.reference import wire
@@ -29,6 +31,7 @@ def carried_tau(job: Job, segments: int) -> np.ndarray:
 
 
 SCOPES = ("global", "tensor", "tile")
+INDICES = ("auto", "smallest", *wire.INDEX_CODINGS)
 
 
 @dataclass(frozen=True)
@@ -89,32 +92,12 @@ class TopK(Codec):
     dense_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.k is None):
-            raise InvalidInputError("TopK: expected either ratio or k, e.g. TopK(ratio=0.01)")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise InvalidInputError(f"ratio: expected 0 < ratio <= 1, got {self.ratio!r}")
-        if self.k is not None and (
-            isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1
-        ):
-            raise InvalidInputError(f"k: expected an integer of at least 1, got {self.k!r}")
-        if self.values not in wire.VALUE_DTYPES:
-            raise InvalidInputError(
-                f"values: expected one of {', '.join(wire.VALUE_DTYPES)}, got {self.values!r}"
-            )
-        if self.index not in ("auto", "smallest", *wire.INDEX_CODINGS):
-            raise InvalidInputError(
-                f"index: expected auto, smallest, {', '.join(wire.INDEX_CODINGS)}, "
-                f"got {self.index!r}"
-            )
-        if self.scope not in SCOPES:
-            raise InvalidInputError(
-                f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}"
-            )
-        whole = isinstance(self.tile, int) and not isinstance(self.tile, bool)
-        if not (whole and 1 <= self.tile <= TILE):
-            raise InvalidInputError(
-                f"tile: expected an integer from 1 to {TILE}, got {self.tile!r}"
-            )
+        check_share("TopK", self.ratio, self.k)
+        check_choice("values", self.values, wire.VALUE_DTYPES)
+        if self.index not in INDICES:
+            raise InvalidInputError(f"index: expected {', '.join(INDICES)}, got {self.index!r}")
+        check_choice("scope", self.scope, SCOPES)
+        check_integer("tile", self.tile, 1, TILE)
 
     def entries(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Return the number of entries that a packet of layers of these shapes holds."""
@@ -122,9 +105,7 @@ class TopK(Codec):
 
     def count(self, numel: int) -> int:
         """Return the number of entries kept of `numel` that compete."""
-        if self.k is not None:
-            return min(self.k, numel)
-        return min(numel, max(1, math.ceil(self._share() * numel)))
+        return share_of(numel, self.ratio, self.k)
 
     def segments(self, shapes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
         """Return first coordinates (segments + 1,) and counts (segments,) of what is selected.
@@ -148,14 +129,7 @@ class TopK(Codec):
         """Return the number of entries kept of a whole block."""
         if self.k is not None:
             return min(self.k, self.tile)
-        return max(1, math.floor(self._share() * self.tile + Fraction(1, 2)))
-
-    def _share(self) -> Fraction:
-        """Return the ratio as the decimal that was written.
-
-        0.07 of 100 is 7, while 0.07 * 100 is a little more in binary.
-        """
-        return Fraction(repr(float(self.ratio or 0)))
+        return max(1, math.floor(decimal(self.ratio or 0) * self.tile + Fraction(1, 2)))
 
     def eta(self, numel: int) -> float:
         """Return the share of the entries that is kept."""

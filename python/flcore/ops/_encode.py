@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _updates
+from flcore import _arrays, _native, _updates
 from flcore._arrays import View
+from flcore._state import State
 from flcore.errors import InvalidInputError, NonFiniteError
 
-__all__ = ["check_header", "flat_float32", "nonfinite_error", "source_dtype"]
+__all__ = [
+    "check_header",
+    "device_of",
+    "flat_float32",
+    "native_source",
+    "nonfinite_error",
+    "source_dtype",
+    "viewed",
+]
+
+
+def viewed(update: Any) -> tuple[_updates.Layout, list[View], int]:
+    """Return the layout of an update, its layers as views, and the number of coordinates."""
+    layout, layers = _updates.flatten(update)
+    views = layout.views(layers, "update")
+    return layout, views, sum(v.numel for v in views)
+
+
+def device_of(views: Sequence[View]) -> str:
+    """Return the device of the first layer that is not on the CPU: what has to do without one."""
+    return next((v.device for v in views if v.device != "cpu"), "cpu")
+
+
+def native_source(views: Sequence[View], state: State) -> dict[str, Any]:
+    """Return the arguments by which a native encoder gets update, state and threads."""
+    return {
+        "layers": [v.ptr for v in views],
+        "numel": [v.numel for v in views],
+        "dtype": [v.code for v in views],
+        "state": state.native(),
+        "threads": _native.threads_for(sum(v.numel for v in views)),
+    }
 
 
 def check_header(*, round: int, seed: int, epoch: int, flags: int, tensors: bytes) -> None:

@@ -14,7 +14,15 @@ from flcore import _arrays, _native, _updates, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError
-from flcore.ops._encode import check_header, flat_float32, nonfinite_error, source_dtype
+from flcore.ops._encode import (
+    check_header,
+    device_of,
+    flat_float32,
+    native_source,
+    nonfinite_error,
+    source_dtype,
+    viewed,
+)
 from flcore.ops._low_rank_packet import frame_of
 from flcore.ops._low_rank_plan import choose_ranks, revive
 from flcore.reference import low_rank as reference
@@ -124,7 +132,7 @@ def low_rank(
         "epoch": epoch,
         "flags": flags,
     }
-    result = _variants.choose("low_rank", _device(views), variant)(
+    result = _variants.choose("low_rank", device_of(views), variant)(
         views, plan, start, state, values, rank, tensors, fields
     )
     if result is None:
@@ -173,7 +181,7 @@ def low_rank_half(
         raise InvalidInputError("state: expected a spare for e")
     _check_factor(factor, "factor", plan.p if back else plan.q)
     name = "low_rank_half"
-    result = _variants.choose(name, _device(views), variant)(views, plan, factor, back, state)
+    result = _variants.choose(name, device_of(views), variant)(views, plan, factor, back, state)
     if result is None:
         raise nonfinite_error(views, layout)
     return result
@@ -210,8 +218,7 @@ def orthonormalise(
 def _checked(
     update: Any, plan: Plan, state: State | None
 ) -> tuple[_updates.Layout, list[View], State]:
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
+    layout, views, _ = viewed(update)
     if tuple(v.numel for v in views) != plan.numel:
         raise InvalidInputError(
             f"plan: expected layers of {[v.numel for v in views]} values, got {list(plan.numel)}"
@@ -231,27 +238,11 @@ def _check_factor(x: Any, name: str, size: int) -> None:
         raise InvalidInputError(f"{name}: expected a contiguous array ({size},), got {x.shape}")
 
 
-def _device(views: Sequence[View]) -> str:
-    return next((v.device for v in views if v.device != "cpu"), "cpu")
-
-
 # ---- variants ----------------------------------------------------------------------------------
 
 
 def _native_plan(plan: Plan) -> Any:
     return _native.core.LowRankPlan(plan.numel, plan.n, plan.m, plan.rank)
-
-
-def _source(views: Sequence[View], state: State, seed: int, round: int) -> dict[str, Any]:
-    return {
-        "layers": [v.ptr for v in views],
-        "numel": [v.numel for v in views],
-        "dtype": [v.code for v in views],
-        "state": state.native(),
-        "seed": seed,
-        "round": round,
-        "threads": _native.threads_for(sum(v.numel for v in views)),
-    }
 
 
 def _cpu(
@@ -268,7 +259,9 @@ def _cpu(
     address = _arrays.address(packet)
     following = np.empty(plan.q, np.float32)
     finite = _native.core.low_rank(
-        **_source(views, state, fields["seed"], fields["round"]),
+        **native_source(views, state),
+        seed=fields["seed"],
+        round=fields["round"],
         plan=_native_plan(plan),
         start=_arrays.address(start),
         next=_arrays.address(following),
@@ -326,7 +319,9 @@ def _half_cpu(
     product = np.empty(plan.q if back else plan.p, np.float32)
     dense = np.empty(plan.values, np.float32)
     finite = _native.core.low_rank_half(
-        **_source(views, state, 0, 0),
+        **native_source(views, state),
+        seed=0,
+        round=0,
         plan=_native_plan(plan),
         back=back,
         factor=_arrays.address(factor),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _arrays, _native, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import InvalidInputError, PacketError
@@ -114,9 +114,7 @@ def quantize(
     Fixes SignSGD", ICML 2019, arXiv 1901.09847. Wen et al., "TernGrad", NeurIPS 2017,
     arXiv 1705.07878.
     """
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
-    numel = sum(v.numel for v in views)
+    layout, views, numel = _encode.viewed(update)
     if numel > MAX_NUMEL:
         raise InvalidInputError(f"update: expected at most 2**35 coordinates, got {numel}")
     fields = {"round": round, "seed": seed, "epoch": epoch, "flags": flags}
@@ -140,7 +138,7 @@ def quantize(
         round=round,
     )
     _check_settings(settings, numel)
-    device = next((v.device for v in views if v.device != "cpu"), "cpu")
+    device = _encode.device_of(views)
     if state is not None:
         state.check(numel, device)
     op = "rotate" if codec == "rotated" else "quantize"  # they have other variants on a GPU
@@ -265,15 +263,11 @@ def _near_bucket(s: Settings) -> int:
 def _cpu(
     views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
 ) -> np.ndarray | None:
-    numel = sum(v.numel for v in views)
-    frame = packet_frame(s, numel, fields)
+    frame = packet_frame(s, sum(v.numel for v in views), fields)
     out = np.empty(frame.nbytes, np.uint8)
     start = _arrays.address(out)
     finite = _native.core.quantize(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=(state or State()).native(),
+        **_encode.native_source(views, state or State()),
         in_place=state is not None and state.in_place,
         codec=wire.CODECS[s.codec],
         form=s.form,
@@ -288,7 +282,6 @@ def _cpu(
         round=s.round,
         scales=start + frame.offset(wire_frame.SCALES),
         codes=start + frame.offset(wire_frame.CODES),
-        threads=_native.threads_for(numel),
     )
     if not finite:
         return None

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _arrays, _native, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import InvalidInputError
-from flcore.ops._encode import check_header, flat_float32, nonfinite_error, source_dtype
+from flcore.ops._encode import (
+    check_header,
+    device_of,
+    flat_float32,
+    native_source,
+    nonfinite_error,
+    source_dtype,
+    viewed,
+)
 from flcore.reference import permutation, wire, wire_writer
 from flcore.reference import randk as reference
 
@@ -115,9 +122,7 @@ def randk(
     ----------
     Stich et al., "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599.
     """
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
-    numel = sum(v.numel for v in views)
+    layout, views, numel = viewed(update)
     if isinstance(k, bool) or not isinstance(k, int) or not (numel > 0) <= k <= numel:
         raise InvalidInputError(f"k: expected an integer from {int(numel > 0)} to {numel}, got {k}")
     if values not in wire.VALUE_DTYPES:
@@ -127,10 +132,8 @@ def randk(
     check_header(round=round, seed=seed, epoch=epoch, flags=flags, tensors=tensors)
     before = state or State()
     before.check(numel)
-    # h changes at the entries alone, so its spare would only have to be made equal
-    inner = replace(before, spare={n: x for n, x in before.spare.items() if n != "h"})
-    device = next((v.device for v in views if v.device != "cpu"), "cpu")
-    packet = _variants.choose("randk", device, variant)(
+    inner = before.without_spare("h")
+    packet = _variants.choose("randk", device_of(views), variant)(
         views,
         state=inner,
         k=k,
@@ -147,8 +150,7 @@ def randk(
     )
     if packet is None:
         raise nonfinite_error(views, layout)
-    before.e, before.v = inner.e, inner.v
-    before.spare.update(inner.spare)
+    before.take(inner)
     return packet
 
 
@@ -169,10 +171,7 @@ def _cpu(
     nbytes = wire_writer.packet_nbytes(numel, k, "seeded", values, rows.size // 64)
     out = np.empty(nbytes, np.uint8)
     written = _native.core.randk(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=state.native(),
+        **native_source(views, state),
         k=k,
         scale=scale,
         check=any(x is not None and n not in state.spare for n, x in _dense(state)),
@@ -187,7 +186,6 @@ def _cpu(
             "out": _arrays.address(out),
             "capacity": nbytes,
         },
-        threads=_native.threads_for(numel),
     )
     if written < 0:
         return None

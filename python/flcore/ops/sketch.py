@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _arrays, _native, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError
-from flcore.ops._encode import flat_float32, nonfinite_error
+from flcore.ops._encode import device_of, flat_float32, nonfinite_error, viewed
 from flcore.reference import sketch as reference
 from flcore.reference.wire_sketch import MAX_NUMEL, MAX_ROWS
 
@@ -84,11 +84,9 @@ def sketch(
     ----------
     Rothchild et al., "FetchSGD", ICML 2020, arXiv 2007.07682.
     """
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
+    layout, views, numel = viewed(update)
     check_shape(rows, columns)
     _check_seed(seed)
-    numel = sum(v.numel for v in views)
     if numel > MAX_NUMEL:
         raise InvalidInputError(f"update: expected at most 2**34 values, got {numel}")
     if out is None:
@@ -97,8 +95,7 @@ def sketch(
         raise InvalidInputError(
             f"out: expected a writable array ({rows}, {columns}), got {out.shape}"
         )
-    device = next((v.device for v in views if v.device != "cpu"), "cpu")
-    finite = _variants.choose("sketch", device, variant)(views, seed, out)
+    finite = _variants.choose("sketch", device_of(views), variant)(views, seed, out)
     if not finite or not np.isfinite(out).all():
         raise nonfinite_error(views, layout)
     return out

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from flcore import _arrays, _native, _updates, _variants
+from flcore import _arrays, _native, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError
-from flcore.ops._encode import check_header, flat_float32, nonfinite_error, source_dtype
+from flcore.ops._encode import (
+    check_header,
+    flat_float32,
+    native_source,
+    nonfinite_error,
+    source_dtype,
+    viewed,
+)
 from flcore.reference import sparsify as reference
 from flcore.reference import wire, wire_writer
 
@@ -112,9 +118,7 @@ def sparsify(
     Memory", NeurIPS 2018, arXiv 1809.07599. Carried threshold and radix select after "Parallel
     Top-K Algorithms on GPU", SC 2023, doi 10.1145/3581784.3607062.
     """
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
-    numel = sum(v.numel for v in views)
+    layout, views, numel = viewed(update)
     starts, counts = _check_segments(k, segments, numel)
     for name, value, known in (
         ("values", values, wire.VALUE_DTYPES),
@@ -138,8 +142,7 @@ def sparsify(
     device = devices[0] if devices else "cpu"
     before = state or State()
     before.check(numel, device)
-    # h changes at the entries alone, so its spare would only have to be made equal
-    inner = replace(before, spare={n: x for n, x in before.spare.items() if n != "h"})
+    inner = before.without_spare("h")
     fields = {
         "source_dtype": source_dtype(views),
         "round": round,
@@ -163,8 +166,7 @@ def sparsify(
     )
     if packet is None:
         raise nonfinite_error(views, layout)
-    before.e, before.v = inner.e, inner.v
-    before.spare.update(inner.spare)
+    before.take(inner)
     return packet
 
 
@@ -252,10 +254,7 @@ def _cpu(
     capacity = wire_writer.packet_nbytes(numel, int(k.sum()), index, values, len(tensors) // 64)
     out = np.empty(capacity, np.uint8)
     nbytes = _native.core.sparsify(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=state.native(),
+        **native_source(views, state),
         segments=k.size,
         starts=_arrays.address(starts),
         k=_arrays.address(k),
@@ -264,7 +263,6 @@ def _cpu(
         slack=slack,
         tau=_arrays.address(tau) if tau is not None else 0,
         packet=packet_fields(fields, values, index, rows, out),
-        threads=_native.threads_for(numel),
     )
     if nbytes < 0:
         return None

@@ -29,17 +29,11 @@ def _check_block(block: int) -> None:
         raise InvalidInputError(f"block: expected one of {wire_thc.BLOCKS}, got {block!r}")
 
 
-def _views(update: Any, state: State | None) -> tuple[list[View], _updates.Layout, int]:
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
-    numel = sum(v.numel for v in views)
+def _opened(update: Any, state: State | None) -> tuple[_updates.Layout, list[View], int]:
+    layout, views, numel = _encode.viewed(update)
     if state is not None:
         state.check(numel)
-    return views, layout, numel
-
-
-def _device(views: Sequence[View]) -> str:
-    return next((v.device for v in views if v.device != "cpu"), "cpu")
+    return layout, views, numel
 
 
 def block_norms(
@@ -72,8 +66,10 @@ def block_norms(
         u holds a NaN or an infinity, or a norm is above 2**120.
     """
     _check_block(block)
-    views, layout, numel = _views(update, state)
-    squares = _variants.choose("block_norms", _device(views), variant)(views, numel, block, state)
+    layout, views, numel = _opened(update, state)
+    squares = _variants.choose("block_norms", _encode.device_of(views), variant)(
+        views, numel, block, state
+    )
     if squares is None:
         raise _encode.nonfinite_error(views, layout)
     norms = np.sqrt(squares)
@@ -181,9 +177,9 @@ def thc(
         raise InvalidInputError(f"bits: expected 2 or 4, got {bits!r}")
     _check_block(block)
     _encode.check_header(round=round, seed=seed, epoch=epoch, flags=flags, tensors=tensors)
-    views, layout, numel = _views(update, state)
+    layout, views, numel = _opened(update, state)
     grid = _grid(norms, clip, table, bits, -(-numel // block))
-    packet = _variants.choose("thc", _device(views), variant)(
+    packet = _variants.choose("thc", _encode.device_of(views), variant)(
         views,
         grid,
         state,
@@ -270,13 +266,9 @@ def _norms_cpu(
 ) -> np.ndarray | None:
     squares = np.empty(-(-numel // block))
     finite = _native.core.block_norms(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=(state or State()).native(),
+        **_encode.native_source(views, state or State()),
         block=block,
         squares=_arrays.address(squares),
-        threads=_native.threads_for(numel),
     )
     return squares if finite else None
 
@@ -324,17 +316,13 @@ def _thc_cpu(
         at = frame.offset(kind)
         out[at : at + array.nbytes] = array.view(np.uint8)
     finite = _native.core.thc(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=(state or State()).native(),
+        **_encode.native_source(views, state or State()),
         in_place=state is not None and state.in_place,
         norms=_arrays.address(grid.norms),
         shared=grid.shared,
         clip=float(grid.clip),
         table=grid.table.tolist(),
         codes=_arrays.address(out) + frame.offset(wire_frame.CODES),
-        threads=_native.threads_for(numel),
         **options,
     )
     if not finite:

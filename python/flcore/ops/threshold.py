@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _native, _updates, _variants
+from flcore import _native, _variants
 from flcore._arrays import View
 from flcore._state import State
 from flcore.errors import InvalidInputError
-from flcore.ops._encode import flat_float32
+from flcore.ops._encode import device_of, flat_float32, native_source, viewed
 from flcore.reference import feedback
 from flcore.reference import sparsify as reference
 
@@ -63,9 +63,7 @@ def sample_threshold(
     ----------
     Lin et al., "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887.
     """
-    layout, layers = _updates.flatten(update)
-    views = layout.views(layers, "update")
-    numel = sum(v.numel for v in views)
+    _, views, numel = viewed(update)
     if not 0 < ratio <= 1:
         raise InvalidInputError(f"ratio: expected 0 < ratio <= 1, got {ratio!r}")
     if isinstance(phase, bool) or not isinstance(phase, int) or phase < 0:
@@ -79,9 +77,7 @@ def sample_threshold(
     phase %= min(step, runs)
     samples = reference.sample(numel, step, phase).size
     rank = max(1, round(ratio * samples))
-    devices = {v.device for v in views}
-    device = next((d for d in devices if d != "cpu"), "cpu")
-    key = _variants.choose("sample_threshold", device, variant)(
+    key = _variants.choose("sample_threshold", device_of(views), variant)(
         views, state=state, step=step, phase=phase, rank=rank
     )
     return float(np.array(key, np.uint32).view(np.float32))
@@ -89,14 +85,10 @@ def sample_threshold(
 
 def _cpu(views: Sequence[View], *, state: State, step: int, phase: int, rank: int) -> int:
     return _native.core.sample_key(
-        layers=[v.ptr for v in views],
-        numel=[v.numel for v in views],
-        dtype=[v.code for v in views],
-        state=state.native(),
+        **native_source(views, state),
         step=step,
         phase=phase,
         rank=rank,
-        threads=_native.threads_for(sum(v.numel for v in views)),
     )
 
 
