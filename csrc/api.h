@@ -649,7 +649,7 @@ struct SketchFns {
 // ---- crc32c: checksum of packets (csrc/cpu/crc32c.isa.cpp) -------------------------------------
 
 struct Crc32cFns {
-  uint32_t (*update)(uint32_t crc, const uint8_t* data, int64_t bytes);
+  uint32_t (*update)(uint32_t crc, const uint8_t* data, int64_t bytes, int threads);
 };
 
 // ---- select: order statistics of every coordinate (csrc/cpu/select.isa.cpp, kernels/select.cu) --
@@ -888,6 +888,111 @@ struct VoteFns {
   int64_t (*scratch)(int64_t n);  // bytes one thread needs
 };
 
+// ---- perp_grad: gradients without their part along the weights (csrc/cpu/perp_grad.isa.cpp) ------
+
+// Sums in float64: lane c % PERP_LANES of a tile takes its coordinate c, lane t % PERP_JOIN of a
+// tensor its tile t; lanes are added in a tree. pykernels/perp_grad.py holds the same numbers.
+constexpr int64_t PERP_TILE = 4096;
+constexpr int PERP_LANES = 16, PERP_JOIN = 128;
+constexpr double PERP_CANCELS = 1e-8;   // of ||g||^2: below, ||g - c w||^2 is measured
+constexpr double PERP_NOTHING = 1e-13;  // of ||g||: below, what remains is rounding of the sums
+
+enum PerpStep : int {
+  PERP_PROJECT = 0,  // all of it
+  PERP_SUMS = 1,     // fills sums
+  PERP_REST = 2,     // from sums: fills rest where it is needed; returns whether it is
+  PERP_APPLY = 3,    // from sums and rest: writes grad
+  PERP_STEP_COUNT = 4
+};
+
+struct PerpFactors {  // grad <- alpha (grad - c weight)
+  double c, alpha;
+  bool apply, measure;
+};
+
+struct PerpGradArgs {
+  int step;                    // PerpStep
+  int64_t layers;
+  const int64_t* numel;        // [layers]
+  const int* dtype;            // [layers] DType of weight and grad
+  const void* const* weight;   // [layers], any alignment
+  void* const* grad;           // [layers], shares no memory with another one or with a weight
+  bool global;                 // one projection for all tensors, else one for each
+  bool renormalize;
+  double eps, floor;
+  double* sums;                // [layers][3] w.w, w.g, g.g
+  double* rest;                // [layers][3] ||g - c w||^2 first; 0 where it is not needed
+  PerpFactors* factors;        // [layers] scratch, at least one
+  int64_t* first_tile;         // [layers + 1] scratch
+  double* tiles;               // [tiles of all tensors][3] scratch
+  int threads;
+};
+
+struct PerpGradFns {
+  bool (*perp_grad)(const PerpGradArgs&);
+};
+
+// ---- rowloss: cross-entropies of rows of logits, with gradient (csrc/cpu/rowloss.isa.cpp) ------
+
+enum RowMap : int { ROW_SOFTMAX = 0, ROW_STABLEMAX = 1, ROW_TAYLOR = 2, ROW_MAP_COUNT = 3 };
+
+// Element (i, k) of x lies at (i / inner) outer_stride + (i % inner) row_stride + k class_stride,
+// in elements; grad likewise. The compute type is float, double for F64. The formulas are told in
+// rowloss.isa.cpp.
+struct RowLossArgs {
+  int64_t rows, classes;
+  int map, dtype;              // RowMap; DType of x, grad and soft
+  const void* x;
+  int64_t inner, outer_stride, row_stride, class_stride;
+  void* grad;                  // null: none; may be x itself, with the same strides
+  int64_t grad_outer_stride, grad_row_stride, grad_class_stride;
+  const void* labels;          // int32 or int64 [rows], or null
+  int label_bytes;
+  const void* soft;            // [rows, classes] targets that are probabilities, or null
+  const uint8_t* valid;        // [rows] or null: rows whose label is not ignore_index
+  int64_t ignore_index, label_offset;
+  bool shard;                  // a label outside [offset, offset + classes) is another shard's
+  const void* weight;          // of the classes, compute type, or null
+  const void* prior;           // its logarithm for softmax, itself for the others, or null
+  const void* row_scale;       // compute type [rows] in the place of logit_scale, or null
+  double weight_sum, classes_present;
+  double smoothing, logit_scale, margin, z_loss, tau;
+  const void* upstream;        // compute type [rows] or null
+  double grad_scale;           // gradient: grad_scale * upstream[i] * dloss[i] / dx
+  void* loss;                  // compute type [rows], as the three that follow; null: not wanted
+  void* rest;                  // sum over the classes but the target; read by backward
+  void* own;                   // the target's term
+  void* shift;                 // softmax: both are multiples of exp(shift)
+  int threads;
+  void* scratch = nullptr;     // scratch(args) bytes, 64-byte aligned
+};
+
+// One visit to labels: rows that count, the sum of their weights, and the first row with a label
+// that is no class or whose class the prior masks (-1: none).
+struct RowTargetsArgs {
+  const void* labels;
+  int label_bytes;
+  int64_t rows;
+  const uint8_t* valid;        // as above
+  int64_t ignore_index, label_offset, classes;
+  const void* weight;          // float or double [classes], or null
+  const void* prior;
+  bool is_float64, prior_is_log;
+};
+struct RowTargets {
+  int64_t count;
+  double weight_total;
+  int64_t first_bad;
+};
+
+struct RowLossFns {
+  void (*forward)(const RowLossArgs&);   // loss, rest, own, shift
+  void (*both)(const RowLossArgs&);      // these and the gradient, x read once
+  void (*backward)(const RowLossArgs&);  // the gradient from x, rest, own, shift
+  int64_t (*scratch)(const RowLossArgs&);
+  RowTargets (*targets)(const RowTargetsArgs&);
+};
+
 // ---- one row per instruction-set level (csrc/cpu/dispatch.cpp) ---------------------------------
 
 struct CpuTable {
@@ -909,6 +1014,8 @@ struct CpuTable {
   const SketchFns* sketch;
   const VoteFns* vote;
   const LutAddFns* lut_add;
+  const RowLossFns* rowloss;
+  const PerpGradFns* perp_grad;
 };
 
 const CpuTable& cpu();                        // the row chosen for this process

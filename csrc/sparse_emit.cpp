@@ -65,7 +65,7 @@ int64_t sparse_emit(const FeedbackArgs& feedback, const SparseEntries& entries,
     write_indices(indices, feedback.numel, entries.starts, entries.local, feedback.threads,
                   emit.indices);
   wire::write_sparse(layout, entries.starts, packet.tensors, packet.out);
-  wire::seal(packet.out, size_t(layout.total_bytes));
+  wire::seal(packet.out, size_t(layout.total_bytes), feedback.threads);
   return layout.total_bytes;
 }
 
@@ -101,7 +101,7 @@ int64_t sparse_pack(const SparseSections& x, const SparsePacket& packet) {
     write_indices(indices, x.numel, x.starts, x.local, x.threads, to);
   }
   wire::write_sparse(layout, x.starts, packet.tensors, packet.out);
-  wire::seal(packet.out, size_t(layout.total_bytes));
+  wire::seal(packet.out, size_t(layout.total_bytes), x.threads);
   return layout.total_bytes;
 }
 

@@ -40,10 +40,12 @@ std::string known_codecs() {
 
 int64_t align_up(int64_t offset) { return (offset + ALIGN - 1) / ALIGN * ALIGN; }
 
-uint32_t checksum(const uint8_t* data, size_t size) {  // of the packet with its CRC field as zero
+// Of the packet with its CRC field as zero.
+uint32_t checksum(const uint8_t* data, size_t size, int threads) {
   const uint8_t zero[4] = {0, 0, 0, 0};
   const auto crc = cpu().crc32c->update;
-  return crc(crc(crc(0, data, 60), zero, 4), data + HEADER_BYTES, int64_t(size) - HEADER_BYTES);
+  const uint32_t header = crc(crc(0, data, 60, 1), zero, 4, 1);
+  return crc(header, data + HEADER_BYTES, int64_t(size) - HEADER_BYTES, threads);
 }
 
 // All sections lie inside the buffer, aligned, one after another, with zero padding between them.
@@ -179,7 +181,7 @@ Packet parse(const uint8_t* data, size_t size, const Limits& limits, int threads
        " coordinates, at most ", allowed);
   rules.lengths(packet);
   if (h.flags & CHECKSUM)
-    NEED(checksum(data, size) == h.crc, "the checksum of the bytes differs from the header's");
+    NEED(checksum(data, size, threads) == h.crc, "the checksum of the bytes differs from the header's");
   check_tensors(packet.section(TENSORS), tensors, int64_t(h.numel));
   rules.contents(packet);
   return packet;
@@ -270,7 +272,9 @@ void write_frame(const Frame& frame, const uint8_t* tensors, uint8_t* data) {
     std::memcpy(data + table->offset, tensors, size_t(table->length));
 }
 
-void seal(uint8_t* data, size_t size) { put<uint32_t>(data + 60, checksum(data, size)); }
+void seal(uint8_t* data, size_t size, int threads) {
+  put<uint32_t>(data + 60, checksum(data, size, threads));
+}
 
 }  // namespace wire
 }  // namespace flcore

@@ -126,7 +126,7 @@ Frame plan(const Header& header, std::vector<Section> sections, int64_t tensor_c
 void write_frame(const Frame& frame, const uint8_t* tensors, uint8_t* data);
 
 // Computes the checksum and stores it in the header. The last step.
-void seal(uint8_t* data, size_t size);
+void seal(uint8_t* data, size_t size, int threads = 1);
 
 // ---- sparse packets (wire_sparse.cpp) ----------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ UPLINKS = {
     "econtrol": {"codec": TopK(ratio=0.1), "feedback": EControl()},
     "ef21": {"codec": TopK(ratio=0.1), "feedback": EF21(momentum=0.5)},
     "warm": {"codec": TopK(ratio=0.1), "feedback": EControl(), "start": "dense"},
-    "saga": {"codec": TopK(ratio=0.1), "feedback": EControl(), "control_step": "saga"},
+    "paper": {"codec": TopK(ratio=0.1), "feedback": EControl(), "control_step": "paper"},
 }
 
 
@@ -63,6 +64,11 @@ def untimed(history: History) -> list[dict]:
     for record in records:
         del record["seconds"]
     return records
+
+
+def flat(model: dict) -> np.ndarray:
+    """All values of a model, an update or a control vector."""
+    return np.concatenate([value.ravel() for value in model.values()])
 
 
 def assert_same_model(a: dict, b: dict) -> None:
@@ -100,7 +106,8 @@ def test_econtrol_that_sends_everything_is_fedavg_when_all_take_part(step, digit
 
 def test_server_control_is_the_mean_of_what_all_clients_hold(digits):
     # absent clients count with what they said last, clients never seen with zero
-    simulation = Simulation(SHORT, "mlp", digits, Settings(clients=8, participation=3))
+    settings = Settings(clients=8, participation=3, control_step="paper")
+    simulation = Simulation(SHORT, "mlp", digits, settings)
     for _ in range(5):
         before = simulation.server.model
         simulation.step()
@@ -108,10 +115,58 @@ def test_server_control_is_the_mean_of_what_all_clients_hold(digits):
     assert 3 < len(states) <= 8
     now = SHORT.client_begin(4).lr  # absent clients hold h in the units of their last round
     mean = sum(state["h"] * (now / state["unit"]) for state in states.values()) / 8
-    control = np.concatenate([value.ravel() for value in simulation.server.control.values()])
-    np.testing.assert_allclose(control, mean, atol=1e-6)
-    for name, value in simulation.server.model.items():  # and the model moves along it
+    np.testing.assert_allclose(flat(simulation.server.control), mean, atol=1e-6)
+    for name, value in simulation.server.model.items():  # and the paper's step is along it
         np.testing.assert_array_equal(value, before[name] + simulation.server.control[name])
+
+
+@pytest.mark.parametrize("participants", [1, 3, 8])
+@pytest.mark.parametrize("step", ["paper", "saga"])
+def test_what_was_not_sent_is_only_late(step, participants, digits):
+    # the model and all kept errors move along H and the news of those present, none of it lost:
+    # weighted 1/S, an unbiased estimate of the mean update, by saga, and 1/N by the paper's step
+    settings = Settings(
+        clients=8, participation=participants, codec=TopK(ratio=0.05), control_step=step
+    )
+    algorithm = FedAvg(local_epochs=1, lr_decay=1.0, weighting="uniform")
+    simulation = Simulation(algorithm, "mlp", digits, settings)
+    uplink, updates = simulation.uplink, {}
+    pack = uplink.pack
+
+    def noted(client, update, round):
+        updates[client] = flat(update)
+        return pack(client, update, round)
+
+    uplink.pack = noted
+    share = 1 / (participants if step == "saga" else 8)
+    for _ in range(6):
+        updates.clear()
+        model, control = flat(simulation.server.model), flat(simulation.server.control)
+        before = uplink.state_dict()
+        simulation.step()
+        assert len(updates) == participants
+        news = sum(u - (before[i]["h"] if i in before else 0) for i, u in updates.items())
+        after = uplink.state_dict()
+        late = sum(a["e"] - (before[i]["e"] if i in before else 0) for i, a in after.items())
+        moved = flat(simulation.server.model) + share * late - model
+        np.testing.assert_allclose(moved, control + share * news, atol=1e-6)
+
+
+def test_both_control_steps_are_one_when_all_take_part(digits):
+    everyone = {"rounds": 4, "clients": 10, "participation": 10, "codec": TopK(ratio=0.05)}
+    paper, saga = (
+        run(SHORT, "mlp", digits, Settings(control_step=step, **everyone))
+        for step in ("paper", "saga")
+    )
+    for name in paper.model:
+        np.testing.assert_allclose(paper.model[name], saga.model[name], atol=1e-6)
+    few = Settings(**{**everyone, "participation": 5})
+    assert few.control_step == "saga"
+    assert not np.allclose(
+        flat(run(SHORT, "mlp", digits, few).model),
+        flat(run(SHORT, "mlp", digits, replace(few, control_step="paper")).model),
+        atol=1e-4,
+    )
 
 
 def test_convolutions_learn_on_images(tmp_path):
@@ -339,7 +394,8 @@ def test_divergence_of_the_server_is_found(digits):
         ({"alpha": 0.0}, "alpha: expected a positive number"),
         ({"codec": None}, "feedback: EControl corrects what a codec leaves out"),
         ({"accumulate": "float16"}, "accumulate: expected one of float32, float64, reproducible"),
-        ({"feedback": EF14(), "control_step": "saga"}, "control_step: 'saga' is for EControl"),
+        ({"feedback": EF14(), "control_step": "paper"}, "control_step: 'paper' is for EControl"),
+        ({"control_step": "sag"}, "control_step: expected one of saga, paper"),
         ({"feedback": EF14(), "start": "dense"}, "start: 'dense' is for EControl and EF21"),
         ({"start": "warm"}, "start: expected one of zero, dense"),
         ({"codec": "topk"}, "codec: expected a codec of flcore.compression, or None"),

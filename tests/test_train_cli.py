@@ -87,7 +87,7 @@ def test_resume_takes_over_every_option(tmp_path):
         "--local-epochs": 2, "--clients": 9, "--participation": "34%", "--alpha": "iid",
         "--batch-size": 7, "--lr": 0.05, "--lr-decay": 0.9, "--weight-decay": 0.0, "--clip": 0.0,
         "--server-lr": 0.7, "--weighting": "uniform", "--accumulate": "float64", "--ratio": 0.2,
-        "--error-control": "econtrol", "--eta": 0.15, "--control-step": "saga", "--seed": 3,
+        "--error-control": "econtrol", "--eta": 0.15, "--control-step": "paper", "--seed": 3,
         "--model": "cnn", "--threads": 2,
     }  # fmt: skip
     arguments = [part for option in options.items() for part in option]

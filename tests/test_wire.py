@@ -159,6 +159,15 @@ def test_checksum_of_long_and_unaligned_data(size, rng):
     assert _native.core.crc32c(data[half:], _native.core.crc32c(data[:half])) == want
 
 
+@pytest.mark.parametrize("size", [2**19 - 1, 2**19, 2**20 + 13])
+def test_checksum_in_parts(size, rng):
+    data = rng.integers(0, 256, size, dtype=np.uint8)
+    want = _native.core.crc32c(data, 77)
+    for threads in (2, 3, 64, 1000):
+        assert _native.core.crc32c(data, 77, threads) == want
+    assert _native.core.crc32c(data[1:], _native.core.crc32c(data[:1], 77), 2) == want
+
+
 def test_header_fields_reach_the_reader():
     packet = sparsify(
         G, k=1, round=2**64 - 1, seed=2**63, epoch=2**32 - 1, flags=4, values="float16"

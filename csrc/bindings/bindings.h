@@ -25,7 +25,9 @@ void bind_low_rank(pybind11::module_& m);
 void bind_sketch(pybind11::module_& m);
 void bind_vote(pybind11::module_& m);
 void bind_lut_add(pybind11::module_& m);
+void bind_rowloss(pybind11::module_& m);
 void bind_packet_image(pybind11::module_& m);
+void bind_perp_grad(pybind11::module_& m);
 
 // Addresses arrive as integers: Python owns allocation and validation, kernels get pointers.
 template <class T = void>

@@ -123,5 +123,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_sketch(m);
   bind_vote(m);
   bind_lut_add(m);
+  bind_rowloss(m);
   bind_packet_image(m);
+  bind_perp_grad(m);
 }

@@ -65,11 +65,11 @@ PacketFrame make_frame(int codec, uint64_t numel, int value_dtype, int form, int
   return made;
 }
 
-void seal(const PacketFrame& made, uintptr_t address) {
+void seal(const PacketFrame& made, uintptr_t address, int threads) {
   uint8_t* data = reinterpret_cast<uint8_t*>(address);
   py::gil_scoped_release nogil;
   wire::write_frame(made.frame, reinterpret_cast<const uint8_t*>(made.tensors.data()), data);
-  wire::seal(data, size_t(made.frame.total_bytes));
+  wire::seal(data, size_t(made.frame.total_bytes), threads);
 }
 
 }  // namespace
@@ -97,16 +97,16 @@ void bind_wire(py::module_& m) {
           "offset",
           [](const PacketFrame& f, int type) { return f.frame.offset(uint16_t(type)); },
           py::arg("type"), "Offset in bytes of a section.")
-      .def("seal", &seal, py::arg("address"),
+      .def("seal", &seal, py::arg("address"), py::arg("threads") = 1,
            "Write everything but the sections, and the checksum; the last step.");
   m.def(
       "crc32c",
-      [](py::buffer data, uint32_t crc) {
+      [](py::buffer data, uint32_t crc, int threads) {
         const py::buffer_info info = data.request();
         return cpu().crc32c->update(crc, static_cast<const uint8_t*>(info.ptr),
-                                    info.size * info.itemsize);
+                                    info.size * info.itemsize, threads);
       },
-      py::arg("data"), py::arg("crc") = 0, "CRC-32C of contiguous bytes.");
+      py::arg("data"), py::arg("crc") = 0, py::arg("threads") = 1, "CRC-32C of contiguous bytes.");
 }
 
 }  // namespace flcore

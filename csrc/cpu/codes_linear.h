@@ -16,103 +16,13 @@
 
 #include "api.h"
 #include "cpu/codes.h"
+#include "cpu/codes_measure.h"
 #include "cpu/codes_pack.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
-
-// ---- statistics of a bucket --------------------------------------------------------------------
-
-constexpr int SUM_LANES = 16;
-
-struct SumMagnitudes {
-  FLCORE_MEMBER vf64 many(const vf64& x) const {
-    return (vf64)((vi64)x & int64_t(0x7fffffffffffffff));
-  }
-  FLCORE_MEMBER double one(double x) const { return x < 0 ? -x : x; }
-};
-struct SumSquares {
-  FLCORE_MEMBER vf64 many(const vf64& x) const { return x * x; }
-  FLCORE_MEMBER double one(double x) const { return x * x; }
-};
-struct SumNegative {
-  FLCORE_MEMBER vf64 many(const vf64& x) const { return x < 0 ? x : vf64{}; }
-  FLCORE_MEMBER double one(double x) const { return x < 0 ? x : 0; }
-};
-struct SumPositive {
-  FLCORE_MEMBER vf64 many(const vf64& x) const { return x > 0 ? x : vf64{}; }
-  FLCORE_MEMBER double one(double x) const { return x > 0 ? x : 0; }
-};
-struct CountNegative {
-  FLCORE_MEMBER vf64 many(const vf64& x) const { return x < 0 ? vf64{} + 1.0 : vf64{}; }
-  FLCORE_MEMBER double one(double x) const { return x < 0 ? 1 : 0; }
-};
-
-template <class Term>
-static double lane_sum(const float* u, int64_t n, const Term& term) {
-  constexpr int PARTS = SUM_LANES / LANES64;
-  vf64 parts[PARTS] = {};
-  int64_t i = 0;
-  for (; i + SUM_LANES <= n; i += SUM_LANES)
-    unroll<PARTS>([&](auto k) FLCORE_LAMBDA {
-      constexpr int K = decltype(k)::value;
-      parts[K] = parts[K] + term.many(load_f64<F32>(u, i + K * LANES64));
-    });
-  double lanes[SUM_LANES];
-  __builtin_memcpy(lanes, parts, sizeof lanes);
-  for (; i < n; ++i) lanes[i % SUM_LANES] += term.one(double(load<float>(u + i)));
-  for (int apart = SUM_LANES / 2; apart; apart /= 2)
-    for (int k = 0; k < apart; ++k) lanes[k] += lanes[k + apart];
-  return lanes[0];
-}
-
-static float largest_magnitude(const float* u, int64_t n) {
-  vi32 a = {}, b = {};
-  int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    const vi32 x = load<vi32>(u + i) & 0x7fffffff, y = load<vi32>(u + i + LANES) & 0x7fffffff;
-    a = x > a ? x : a;
-    b = y > b ? y : b;
-  }
-  int32_t top = 0;
-  for (; i < n; ++i) {
-    const int32_t x = load<int32_t>(u + i) & 0x7fffffff;
-    top = x > top ? x : top;
-  }
-  a = b > a ? b : a;
-  for (int k = 0; k < LANES; ++k) top = a[k] > top ? a[k] : top;
-  return float_of(uint32_t(top));
-}
-
-struct Ends {
-  float low, high;
-};
-
-static inline Ends ends_of(const float* u, int64_t n) {
-  Ends e = {load<float>(u), load<float>(u)};
-  int64_t i = 0;
-  if (n >= LANES) {
-    vf32 low = load<vf32>(u), high = low;
-    for (; i + LANES <= n; i += LANES) {
-      const vf32 x = load<vf32>(u + i);
-      low = x < low ? x : low;
-      high = x > high ? x : high;
-    }
-    for (int k = 0; k < LANES; ++k) {
-      e.low = low[k] < e.low ? low[k] : e.low;
-      e.high = high[k] > e.high ? high[k] : e.high;
-    }
-  }
-  for (; i < n; ++i) {
-    const float x = load<float>(u + i);
-    e.low = x < e.low ? x : e.low;
-    e.high = x > e.high ? x : e.high;
-  }
-  e.low = e.low + 0.0f;  // -0 and 0 are equal: which one was met first must not show
-  return e;
-}
 
 // ---- one grid for ternary, uniform and affine ----------------------------------------------------
 
@@ -138,9 +48,19 @@ FLCORE_INLINE void store_codes(uint8_t* out, const vi32& code) {
 }
 FLCORE_INLINE void store_codes(uint8_t* out, int32_t code) { *out = uint8_t(code); }
 
-template <bool AFFINE, bool STOCHASTIC, class V>
+// D or, where it is the residual that is wanted, u - D
+template <bool REST, class V>
+FLCORE_INLINE void store_decoded(const BucketJob& job, int64_t i, const V& u, const V& d) {
+  if constexpr (REST)
+    store(job.d + i, V(u - d));
+  else
+    store(job.d + i, d);
+}
+
+template <bool AFFINE, bool STOCHASTIC, bool REST, class V>
 FLCORE_INLINE void grid_step(const Grid& g, const BucketJob& job, int64_t i, uint8_t* codes) {
-  V y = load<V>(job.u + i);
+  const V u = load<V>(job.u + i);
+  V y = u;
   if constexpr (AFFINE) y = y - g.lo;
   y = y * g.inverse;
   const V least = V{} + g.least, most = V{} + g.most;
@@ -151,59 +71,59 @@ FLCORE_INLINE void grid_step(const Grid& g, const BucketJob& job, int64_t i, uin
   store_codes(codes + i, q + g.shift);
   V d = g.unit * value;
   if constexpr (AFFINE) d = g.lo + d;
-  store(job.d + i, d);
+  store_decoded<REST>(job, i, u, d);
 }
 
-template <bool AFFINE, bool STOCHASTIC>
+template <bool AFFINE, bool STOCHASTIC, bool REST>
 static void grid_codes(const Grid& g, const BucketJob& job, uint8_t* codes) {
   const int64_t n = job.n;
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) grid_step<AFFINE, STOCHASTIC, vf32>(g, job, i, codes);
+  for (; i + LANES <= n; i += LANES) grid_step<AFFINE, STOCHASTIC, REST, vf32>(g, job, i, codes);
   if (i < n && n >= LANES) {
-    grid_step<AFFINE, STOCHASTIC, vf32>(g, job, n - LANES, codes);  // some of it once more
+    grid_step<AFFINE, STOCHASTIC, REST, vf32>(g, job, n - LANES, codes);  // some of it once more
     return;
   }
-  for (; i < n; ++i) grid_step<AFFINE, STOCHASTIC, float>(g, job, i, codes);
+  for (; i < n; ++i) grid_step<AFFINE, STOCHASTIC, REST, float>(g, job, i, codes);
 }
 
-template <bool AFFINE>
+template <bool AFFINE, bool REST>
 static void put_grid(const Grid& grid, const BucketJob& job) {
   Grid g = grid;
   g.inverse = g.unit > 0 ? 1.0f / g.unit : 0.0f;  // a bucket of one value: everything is 0
   const bool whole = job.c.bits == 8;
   uint8_t* codes = whole ? job.codes : reinterpret_cast<uint8_t*>(job.work);
   if (job.c.stochastic)
-    grid_codes<AFFINE, true>(g, job, codes);
+    grid_codes<AFFINE, true, REST>(g, job, codes);
   else
-    grid_codes<AFFINE, false>(g, job, codes);
+    grid_codes<AFFINE, false, REST>(g, job, codes);
   if (job.c.codec == CODEC_TERNARY && job.c.form == 1)
     pack_trits(codes, job.n, job.codes);
   else if (!whole)
     pack_codes(job.c.bits, codes, job.n, job.codes);
 }
 
-static inline void quantize_uniform(const BucketJob& job) {
+template <bool REST>
+static void put_uniform(const Measured& m, const BucketJob& job) {
   const CodecArgs& c = job.c;
-  const double norm = c.measure == MEASURE_L2
-                          ? __builtin_sqrt(lane_sum(job.u, job.n, SumSquares{})) / double(c.levels)
-                          : double(largest_magnitude(job.u, job.n) / float(c.levels));
+  const double norm = c.measure == MEASURE_L2 ? __builtin_sqrt(m.sum) / double(c.levels)
+                                              : double(m.top / float(c.levels));
   const float unit = scale_value(float(norm), scale_limit(double(1 << (c.bits - 1))), c.scale_dtype);
   store_scale(job.scales, 0, unit, c.scale_dtype);
   const float levels = float(c.levels);
-  put_grid<false>({0, unit, 0, -levels, levels, (1 << (c.bits - 1)) - 1}, job);
+  put_grid<false, REST>({0, unit, 0, -levels, levels, (1 << (c.bits - 1)) - 1}, job);
 }
 
-static inline void quantize_ternary(const BucketJob& job) {
+template <bool REST>
+static void put_ternary(const Measured& m, const BucketJob& job) {
   const CodecArgs& c = job.c;
-  float a = largest_magnitude(job.u, job.n);
+  float a = m.top;
   if (c.clip > 0) {
-    const double square = lane_sum(job.u, job.n, SumSquares{}) / double(job.n);
-    const float bound = float(c.clip * __builtin_sqrt(square));
+    const float bound = float(c.clip * __builtin_sqrt(m.sum / double(job.n)));
     a = bound < a ? bound : a;
   }
   a = scale_value(a, scale_limit(2), c.scale_dtype);
   store_scale(job.scales, 0, a, c.scale_dtype);
-  put_grid<false>({0, a, 0, -1, 1, 1}, job);
+  put_grid<false, REST>({0, a, 0, -1, 1, 1}, job);
 }
 
 // The stored forms of the two numbers of a bucket, at most WIRE_LARGEST together.
@@ -244,9 +164,9 @@ static inline void quantize_affine(const BucketJob& job) {
   const int64_t steps = (1 << c.bits) - 1;
   Ends e;
   if (c.measure == MEASURE_TWO_MEANS) {
-    const double below = lane_sum(job.u, job.n, CountNegative{});
-    const double negative = lane_sum(job.u, job.n, SumNegative{});
-    const double positive = lane_sum(job.u, job.n, SumPositive{});
+    const double below = lane_sum<CountNegative>(job.u, job.n);
+    const double negative = lane_sum<SumNegative>(job.u, job.n);
+    const double positive = lane_sum<SumPositive>(job.u, job.n);
     const double above = double(job.n) - below;
     const double high = above > 0 ? positive / above : negative / below;
     e = affine_scales(below > 0 ? negative / below : high, high, steps, c.scale_dtype);
@@ -259,7 +179,7 @@ static inline void quantize_affine(const BucketJob& job) {
   if (c.measure == MEASURE_TWO_MEANS)
     put_two_means(e, job);
   else
-    put_grid<true>({e.low, e.high, 0, 0, float(steps), 0}, job);
+    put_grid<true, false>({e.low, e.high, 0, 0, float(steps), 0}, job);
 }
 
 // ---- sign ----------------------------------------------------------------------------------------
@@ -278,12 +198,11 @@ FLCORE_INLINE uint32_t sign_lanes(const vi32& x) {  // bit k: the top bit of lan
 #endif
 }
 
-static inline void quantize_sign(const BucketJob& job) {
+template <bool REST>
+static void put_sign(const Measured& m, const BucketJob& job) {
   const CodecArgs& c = job.c;
   const double n = double(job.n);
-  const double a = c.measure == MEASURE_L2
-                       ? __builtin_sqrt(lane_sum(job.u, job.n, SumSquares{}) / n)
-                       : lane_sum(job.u, job.n, SumMagnitudes{}) / n;
+  const double a = c.measure == MEASURE_L2 ? __builtin_sqrt(m.sum / n) : m.sum / n;
   const float scale = scale_value(float(a), scale_limit(1), c.scale_dtype);
   store_scale(job.scales, 0, scale, c.scale_dtype);
   const vi32 size = vi32{} + int32_t(bits_of(scale));
@@ -291,8 +210,9 @@ static inline void quantize_sign(const BucketJob& job) {
   for (; i + 16 <= job.n; i += 16) {
     uint32_t word = 0;
     for (int k = 0; k < 16; k += LANES) {
-      const vi32 below = load<vf32>(job.u + i + k) < 0;
-      store(job.d + i + k, size | (below & int32_t(0x80000000u)));
+      const vf32 u = load<vf32>(job.u + i + k);
+      const vi32 below = u < 0;
+      store_decoded<REST>(job, i + k, u, (vf32)(size | (below & int32_t(0x80000000u))));
       word |= sign_lanes(below) << k;
     }
     store(job.codes + i / 8, uint16_t(word));
@@ -300,12 +220,31 @@ static inline void quantize_sign(const BucketJob& job) {
   for (; i < job.n; i += 8) {
     uint32_t byte = 0;
     for (int64_t k = 0; k < 8 && i + k < job.n; ++k) {
-      const bool below = load<float>(job.u + i + k) < 0;
-      byte |= uint32_t(below) << k;
-      job.d[i + k] = below ? -scale : scale;
+      const float u = load<float>(job.u + i + k);
+      byte |= uint32_t(u < 0) << k;
+      store_decoded<REST>(job, i + k, u, u < 0 ? -scale : scale);
     }
     job.codes[i / 8] = uint8_t(byte);
   }
+}
+
+// ---- codecs of one scale -------------------------------------------------------------------------
+
+static inline bool has_one_scale(int codec) {
+  return codec == CODEC_SIGN || codec == CODEC_UNIFORM || codec == CODEC_TERNARY;
+}
+
+// REST: u - D goes where D is asked for.
+template <bool REST>
+static void quantize_scaled(const Measured& m, const BucketJob& job) {
+  switch (job.c.codec) {
+    case CODEC_SIGN: return put_sign<REST>(m, job);
+    case CODEC_UNIFORM: return put_uniform<REST>(m, job);
+    case CODEC_TERNARY: return put_ternary<REST>(m, job);
+  }
+}
+static inline void quantize_scaled(const BucketJob& job) {
+  quantize_scaled<false>(measured(job), job);
 }
 
 }  // namespace FLCORE_ISA

@@ -15,11 +15,13 @@
 #include "cpu/codes_float.h"
 #include "cpu/codes_rotated.h"
 #include "cpu/codes_thc.h"
+#include "cpu/decode_group.h"
 #include "cpu/decode_linear.h"
 #include "cpu/decode_low_rank.h"
 #include "cpu/decode_sketch.h"
 #include "cpu/decode_sparse.h"
 #include "cpu/layers.h"
+#include "cpu/packets.h"
 #include "cpu/vec.h"
 
 namespace flcore {
@@ -57,10 +59,6 @@ static void dequantize(const PacketView& p, const Segment& s, float* out, float*
   }
 }
 
-static bool is_linear(int codec) {
-  return codec == CODEC_SIGN || codec == CODEC_UNIFORM || codec == CODEC_AFFINE ||
-         codec == CODEC_TERNARY;
-}
 static bool is_whole(int codec) { return codec == CODEC_ROTATED || codec == CODEC_THC; }
 static bool takes_runs(int codec) {
   return codec == CODEC_DENSE || codec == CODEC_NATURAL || codec == CODEC_MINIFLOAT;
@@ -143,34 +141,87 @@ static float* inside_layer(const DecodeArgs& x, int64_t begin, int64_t count) {
   return reinterpret_cast<float*>(static_cast<char*>(x.out[layer]) + 4 * (begin - x.starts[layer]));
 }
 
-static void add_block(const DecodeArgs& x, const PacketView& p, int64_t begin, int64_t count,
-                      float* direct, float* d, float* work) {
-  if (direct && is_linear(p.codec)) {
-    for_segments(p, begin, count, [&](const Segment& s, int64_t at) {
-      walk_linear<true>(p, s, float(p.weight), direct + at, reinterpret_cast<uint8_t*>(work));
-    });
-    return;
-  }
-  decode_range(p, begin, count, d, work);
-  put_layers<true>(x, begin, count, d, p.weight);
+// The same for layers of float32 that a block lies across: the accumulators to or from one piece,
+// so that many packets find them together. Returns whether all layers are float32.
+template <bool BACK>
+static bool move_accumulators(const DecodeArgs& x, int64_t begin, int64_t count, float* piece) {
+  bool all = true;
+  for_pieces(x.starts, x.layers, begin, begin + count,
+             [&](int64_t layer, int64_t offset, int64_t at, int64_t n) {
+               if (x.dtype[layer] != F32) {
+                 all = false;
+                 return;
+               }
+               char* out = static_cast<char*>(x.out[layer]) + 4 * offset;
+               if (BACK)
+                 __builtin_memcpy(out, piece + at, size_t(n) * 4);
+               else
+                 __builtin_memcpy(piece + at, out, size_t(n) * 4);
+             });
+  return all;
 }
+
+constexpr int GROUP = 8;  // packets at a visit: their numbers fit the registers
+static_assert(GROUP * CODE_BYTES <= DECODE_WORK * 4, "codes of a group are unpacked into `work`");
+
+// N packets of a group, or one that is linear
+template <int N>
+static void add_linear(const PacketView* p, int64_t begin, int64_t count, float* out, float* work) {
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(work);
+  for_segments(*p, begin, count, [&](const Segment& s, int64_t at) {
+    if constexpr (N == 1)
+      walk_linear<true>(*p, s, float(p->weight), out + at, bytes);
+    else
+      add_group<N>(p, s, out + at, bytes);
+  });
+}
+
+// The first of `left` packets and perhaps some that follow, into float32 accumulators that lie
+// together; count <= BLOCK. Returns how many.
+static int64_t add_some(const PacketView* p, int64_t left, int64_t begin, int64_t count, float* out,
+                        float* d, float* work) {
+  if (left >= GROUP && is_group(p, GROUP)) {
+    add_linear<GROUP>(p, begin, count, out, work);
+    return GROUP;
+  }
+  if (left >= GROUP / 2 && is_group(p, GROUP / 2)) {
+    add_linear<GROUP / 2>(p, begin, count, out, work);
+    return GROUP / 2;
+  }
+  if (is_linear(p->codec)) {
+    add_linear<1>(p, begin, count, out, work);
+  } else {
+    decode_range(*p, begin, count, d, work);
+    put_values<true, float>(reinterpret_cast<char*>(out), count, d, float(p->weight));
+  }
+  return 1;
+}
+
+struct alignas(64) Block {
+  float d[PIECE], sums[BLOCK], work[DECODE_WORK];
+};
 
 // Neighbours [first, last) in the list, none sparse, over coordinates [begin, end)
 static void add_run(const DecodeArgs& x, int64_t first, int64_t last, int64_t begin, int64_t end,
-                    float* d, float* work) {
+                    Block& block) {
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t count = end - at < BLOCK ? end - at : BLOCK;
-    float* direct = inside_layer(x, at, count);
-    for (int64_t p = first; p < last; ++p)
-      add_block(x, x.views[p], at, count, direct, d, work);
+    float* const direct = inside_layer(x, at, count);
+    if (direct || move_accumulators<false>(x, at, count, block.sums)) {
+      float* const out = direct ? direct : block.sums;
+      for (int64_t p = first; p < last;)
+        p += add_some(x.views + p, last - p, at, count, out, block.d, block.work);
+      if (!direct) move_accumulators<true>(x, at, count, block.sums);
+      continue;
+    }
+    for (int64_t p = first; p < last; ++p) {
+      decode_range(x.views[p], at, count, block.d, block.work);
+      put_layers<true>(x, at, count, block.d, x.views[p].weight);
+    }
   }
 }
 
 // ---- table ------------------------------------------------------------------------------------
-
-struct alignas(64) Block {
-  float d[PIECE], work[DECODE_WORK];
-};
 
 void add_part(const DecodeArgs& x, int64_t begin, int64_t end) {
   Block block;
@@ -181,7 +232,7 @@ void add_part(const DecodeArgs& x, int64_t begin, int64_t end) {
     }
     const int64_t first = p;
     while (p < x.packets && x.views[p].codec != CODEC_SPARSE) ++p;
-    add_run(x, first, p, begin, end, block.d, block.work);
+    add_run(x, first, p, begin, end, block);
   }
 }
 

@@ -53,6 +53,12 @@ FLCORE_INLINE void for_entries(const PacketView& p, int64_t tile, const Visit& v
   int64_t j = p.starts[tile];
   const int64_t stop = p.starts[tile + 1];
   if (!p.bitmask) {
+    for (; j + 4 <= stop; j += 4) {  // one load of indices for four entries
+      const uint64_t locals = load<uint64_t>(p.indices + 2 * j);
+      unroll<4>([&](auto k) FLCORE_LAMBDA {
+        visit(int64_t(locals >> (16 * k.value) & 0xffff), j + k.value);
+      });
+    }
     for (; j < stop; ++j) visit(int64_t(load<uint16_t>(p.indices + 2 * j)), j);
     return;
   }

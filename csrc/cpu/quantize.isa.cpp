@@ -16,6 +16,7 @@
 #include "cpu/feedback.h"
 #include "cpu/layers.h"
 #include "cpu/philox_bits.h"
+#include "cpu/quantize_rest.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
@@ -32,10 +33,10 @@ static void quantize_bucket(const BucketJob& job) {
     case CODEC_DENSE: return quantize_dense(job);
     case CODEC_NATURAL: return quantize_natural(job);
     case CODEC_MINIFLOAT: return quantize_minifloat(job);
-    case CODEC_SIGN: return quantize_sign(job);
-    case CODEC_UNIFORM: return quantize_uniform(job);
+    case CODEC_SIGN:
+    case CODEC_UNIFORM:
+    case CODEC_TERNARY: return quantize_scaled(job);
     case CODEC_AFFINE: return quantize_affine(job);
-    case CODEC_TERNARY: return quantize_ternary(job);
     case CODEC_ROTATED: return quantize_rotated(job);
     case CODEC_THC: return quantize_thc(job);
   }
@@ -92,17 +93,40 @@ static const uint16_t* random_bits(const QuantizeArgs& x, int64_t begin, int64_t
   return reinterpret_cast<const uint16_t*>(words) + (begin - 2 * first);
 }
 
+// The bucket at `at` of the group [begin, begin + count), or a run of them of `step` coordinates.
+static BucketJob bucket_job(const QuantizeArgs& x, const Workspace& w, int64_t begin, int64_t at,
+                            int64_t n, const float* u, const uint16_t* random, float* d) {
+  const CodecArgs& c = x.codec;
+  const int64_t index = (begin + at) / c.bucket;
+  return {c, index, begin + at, n, u, random ? random + at : nullptr,
+          x.scales + index * c.scale_stride, x.codes + index * c.code_stride, d, w.work};
+}
+
 static void quantize_group(const QuantizeArgs& x, const Workspace& w, int64_t begin, int64_t count,
                            const float* u) {
   const CodecArgs& c = x.codec;
   const uint16_t* random = c.stochastic ? random_bits(x, begin, count, w.random) : nullptr;
   const int64_t step = takes_runs(c.codec) ? count : c.bucket;
   for (int64_t at = 0; at < count; at += step) {
-    const int64_t index = (begin + at) / c.bucket, left = count - at;
-    quantize_bucket({c, index, begin + at, left < step ? left : step, u + at,
-                     random ? random + at : nullptr, x.scales + index * c.scale_stride,
-                     x.codes + index * c.code_stride, w.d + at, w.work});
+    const int64_t left = count - at, n = left < step ? left : step;
+    quantize_bucket(bucket_job(x, w, begin, at, n, u + at, random, w.d + at));
   }
+}
+
+// Update, codes and state of a group, bucket by bucket (cpu/quantize_rest.h).
+static bool quantize_rest(const QuantizeArgs& x, const Workspace& w, int64_t begin, int64_t count,
+                          int64_t& layer) {
+  const FeedbackArgs& f = x.feedback;
+  const uint16_t* random = x.codec.stochastic ? random_bits(x, begin, count, w.random) : nullptr;
+  float* e = static_cast<float*>(f.e_new) + begin;
+  for (int64_t at = 0; at < count; at += x.codec.bucket) {
+    const int64_t left = count - at, n = left < x.codec.bucket ? left : x.codec.bucket;
+    const FeedbackSources from = feedback_sources(f, begin + at, n, layer, w.feedback);
+    if (!rest_bucket(f, from, w.feedback.u,
+                     bucket_job(x, w, begin, at, n, w.feedback.u, random, e + at)))
+      return false;
+  }
+  return true;
 }
 
 // body(part, begin, count, layer) for each group; a part is a thread's share. Stops early where body
@@ -138,6 +162,11 @@ bool quantize(const QuantizeArgs& x) {
         return feedback_load(f, begin, count, layer, w.feedback).finite;
       }))
     return false;
+  if (keeps_rest(x))
+    return for_groups(x, [&](const Workspace& w, int64_t begin, int64_t count,
+                             int64_t& layer) FLCORE_LAMBDA {
+      return quantize_rest(x, w, begin, count, layer);
+    });
   return for_groups(x, [&](const Workspace& w, int64_t begin, int64_t count,
                            int64_t& layer) FLCORE_LAMBDA {
     const FeedbackBlock block = feedback_load(f, begin, count, layer, w.feedback);

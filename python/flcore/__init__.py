@@ -1,7 +1,8 @@
 """flcore: the compute core of federated learning.
 
 Submodules are imported on first use, so that `import flcore` costs NumPy and the compiled core
-only: aggregation, algorithms, compression, ops, privacy, reference, simulation, bench.
+only: aggregation, algorithms, bench, compression, integrations, losses, nn, ops, privacy,
+reference, simulation. The parts that need torch say so when they are imported without it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from flcore import errors
 from flcore._info import build_info
 from flcore._native import get_num_threads, set_num_threads
+from flcore._output_pool import clear_cache
 from flcore._version import __version__
 
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "algorithms",
     "bench",
     "build_info",
+    "clear_cache",
     "compression",
     "errors",
     "get_num_threads",
+    "integrations",
+    "losses",
+    "nn",
     "ops",
     "privacy",
     "reference",
@@ -30,7 +36,7 @@ __all__ = [
     "simulation",
 ]
 
-_LAZY = frozenset(__all__) - {"__version__", "build_info", "errors"}
+_LAZY = frozenset(__all__) - {"__version__", "build_info", "clear_cache", "errors"}
 
 
 def __getattr__(name: str) -> Any:

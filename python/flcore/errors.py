@@ -7,6 +7,7 @@ __all__ = [
     "EpochError",
     "FlcoreError",
     "InvalidInputError",
+    "LabelError",
     "MissingDependencyError",
     "NonFiniteError",
     "PacketError",
@@ -39,6 +40,20 @@ class NonFiniteError(InvalidInputError):
     def __init__(self, message: str, clients: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.clients = tuple(clients)
+
+
+class LabelError(InvalidInputError, IndexError):
+    """A label names no class, or a class that cannot be a target.
+
+    Attributes
+    ----------
+    row : int
+        Position of the first such row.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class PacketError(InvalidInputError):

@@ -42,7 +42,7 @@ def named_views(vector: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> Param
 class StepSpec:
     """One client's local step in one round: ``x <- x - lr * (clip(g) + weight_decay * x)``.
 
-    The decay is added after clipping, so it is never clipped.
+    The decay is added after projection and clipping, so it is neither projected nor clipped.
 
     Parameters
     ----------
@@ -51,11 +51,14 @@ class StepSpec:
     weight_decay : float
     clip : float or None
         Largest Euclidean norm of the gradient over all parameters; None: no limit.
+    project : callable or None
+        Called with `x` and `g` before anything else, changes `g` in place; None: g as it is.
     """
 
     lr: float
     weight_decay: float = 0.0
     clip: float | None = None
+    project: Callable[[Any, Any], None] | None = None
 
 
 def local_steps(x: Any, gradients: Iterable[Callable[[Any], Any]], spec: StepSpec) -> int:
@@ -78,6 +81,8 @@ def local_steps(x: Any, gradients: Iterable[Callable[[Any], Any]], spec: StepSpe
     steps = 0
     for gradient in gradients:
         g = gradient(x)
+        if spec.project is not None:
+            spec.project(x, g)
         if spec.clip is not None:
             norm = math.sqrt(float(g @ g))
             if norm > spec.clip:

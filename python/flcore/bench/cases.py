@@ -31,6 +31,7 @@ __all__ = [
 FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
+    "losses": "flcore.bench.losses",
     "low_rank": "flcore.bench.low_rank",
     "moments": "flcore.bench.moments",
     "packets": "flcore.bench.packets",

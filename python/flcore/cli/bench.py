@@ -26,8 +26,9 @@ REDRAW_S = 0.2
 
 # Not a family of cases: one table of all rules against the number of clients.
 SCALING = "scaling"
-# Not timed at all: accuracy and bytes of training runs.
+# Not timed at all: accuracy and bytes of training runs, and accuracy over training steps.
 TRAINING = "training"
+GROKKING = "grokking"
 
 
 def bench(
@@ -36,7 +37,9 @@ def bench(
         typer.Argument(
             help="A family or one case; everything if left out. "
             "'scaling': the rules against the number of clients; "
-            "'training': accuracy and bytes of codecs and error controls (ten minutes)."
+            "'training': accuracy and bytes of codecs and error controls (ten minutes); "
+            "'grokking': test accuracy of modular addition with and without projected gradients "
+            "and StableMax (half an hour)."
         ),
     ] = None,
     json: Annotated[
@@ -47,7 +50,7 @@ def bench(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="scaling, training: draw into this file (svg, png)."),
+        typer.Option("--plot", help="scaling, training, grokking: draw into this file."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
@@ -94,9 +97,11 @@ def bench(
         return _scaling(console, setup, plan, json, markdown, plot)
     if family == TRAINING:
         return _training(tiny, json, markdown, plot)
+    if family == GROKKING:
+        return _grokking(tiny, json, markdown, plot)
     if plot is not None:
         raise typer.BadParameter(
-            f"only {SCALING!r} and {TRAINING!r} have a plot", param_hint="--plot"
+            f"only {SCALING!r}, {TRAINING!r} and {GROKKING!r} have a plot", param_hint="--plot"
         )
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
@@ -165,6 +170,24 @@ def _training(tiny: bool, json: Path | None, markdown: Path | None, plot: Path |
         markdown.write_text(text)
     if plot is not None:
         training.draw(rows, plot)
+
+
+def _grokking(tiny: bool, json: Path | None, markdown: Path | None, plot: Path | None) -> None:
+    from flcore.bench import grokking
+
+    scenes: tuple[grokking.Scene, ...] = grokking.SCENES
+    if tiny:
+        scenes = tuple(replace(scene, p=7, steps=4, every=2) for scene in scenes)
+    with _progress_bar(None) as tell:
+        runs = grokking.run_grokking((0,) if tiny else (0, 1, 2), scenes, tell)
+    text = grokking.grokking_markdown(runs)
+    Console().print(text, markup=False, soft_wrap=True)
+    if json is not None:
+        grokking.write_grokking_json(runs, json)
+    if markdown is not None:
+        markdown.write_text(text)
+    if plot is not None:
+        grokking.draw(runs, plot)
 
 
 def _require_gpu() -> None:

@@ -80,6 +80,20 @@ def train(
     clip: Annotated[float, _local(help="Largest norm of a gradient; 0: no limit.")] = LEARNING[
         "clip"
     ],
+    optimizer: Annotated[
+        Literal["sgd", "perpgrad"],
+        _local(
+            help="sgd: steps along the gradient; perpgrad: along the gradient without its part "
+            "along the parameters, tensor by tensor, which keeps logits from growing."
+        ),
+    ] = SETTING.optimizer,  # type: ignore[assignment]
+    loss: Annotated[
+        Literal["softmax", "stablemax"],
+        _local(
+            help="Cross-entropy of softmax or of StableMax, whose gradients do not vanish when "
+            "logits grow (it wants a larger --lr)."
+        ),
+    ] = SETTING.loss,  # type: ignore[assignment]
     server_lr: Annotated[
         float,
         _server(help="Step along the aggregated update; 1 works with every error control."),
@@ -126,10 +140,11 @@ def train(
         ),
     ] = "auto",
     control_step: Annotated[
-        Literal["paper", "saga"],
+        Literal["saga", "paper"],
         _uplink(
-            help="econtrol: direction of the server. paper: mean of what all clients said last; "
-            "saga: that, with the news of this round in full (faster when few take part)."
+            help="econtrol, ef21: direction of the server. saga: the mean of what all clients said "
+            "before, and the mean news of those present; paper: the mean of what all said last, "
+            "which is later when few take part. The same when all do."
         ),
     ] = SETTING.control_step,  # type: ignore[assignment]
     rounds: Annotated[
@@ -236,6 +251,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         codec=_codec(options["compressor"], options["ratio"]),
         feedback=_feedback(options["error_control"], options["eta"]),
         control_step=options["control_step"],
+        loss=options["loss"],
+        optimizer=options["optimizer"],
         accumulate=options["accumulate"],
         threads=options["threads"],
         checkpoint_every=options["checkpoint_every"],
@@ -295,9 +312,10 @@ def _stored_options(folder: Path | None) -> dict[str, Any]:
     codec, feedback = settings["codec"], settings["feedback"]
     same = ("lr_decay", "local_epochs", "batch_size", "weight_decay", "server_lr", "weighting")
     kept = ("rounds", "clients", "seed", "control_step", "accumulate", "threads")
+    steps = ("loss", "optimizer")
     return {
         **{name: learning[name] for name in same},
-        **{name: settings[name] for name in kept},
+        **{name: settings[name] for name in (*kept, *steps)},
         "algorithm": learning["name"],
         "lr": learning["local_lr"],
         "clip": learning["clip"] or 0.0,

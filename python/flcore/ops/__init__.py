@@ -8,6 +8,7 @@ from flcore.ops.combine import combine
 from flcore.ops.gram import gram
 from flcore.ops.mask import dequantize_sum, mask_add, modular_sum
 from flcore.ops.moments import Moments, accumulate_moments, affine, moments, moments_each
+from flcore.ops.perp_grad import perp_grad
 from flcore.ops.rng import random_bits, random_normal, random_uniform
 from flcore.ops.select import select
 
@@ -29,6 +30,7 @@ __all__ = [
     "modular_sum",
     "moments",
     "moments_each",
+    "perp_grad",
     "random_bits",
     "random_normal",
     "random_uniform",

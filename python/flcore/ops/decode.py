@@ -190,9 +190,10 @@ def _same_memory(x: Any, v: View) -> bool:
 def _cpu(
     packets: Sequence[ParsedPacket], weights: Sequence[float], out: Sequence[View], add: bool
 ) -> None:
-    work = sum(p.view.k for p in packets) + (0 if add else sum(v.numel for v in out))
+    views = [p.view for p in packets]
+    work = sum(v.k for v in views) + (0 if add else sum(v.numel for v in out))
     _native.core.decode(
-        packets=[p.view for p in packets],
+        packets=views,
         weights=list(weights),
         out=[v.ptr for v in out],
         numel=[v.numel for v in out],

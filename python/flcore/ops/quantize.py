@@ -264,10 +264,11 @@ def _cpu(
     views: Sequence[View], s: Settings, state: State | None, fields: dict[str, Any]
 ) -> np.ndarray | None:
     frame = packet_frame(s, sum(v.numel for v in views), fields)
+    source = _encode.native_source(views, state or State())
     out = np.empty(frame.nbytes, np.uint8)
     start = _arrays.address(out)
     finite = _native.core.quantize(
-        **_encode.native_source(views, state or State()),
+        **source,
         in_place=state is not None and state.in_place,
         codec=wire.CODECS[s.codec],
         form=s.form,
@@ -285,7 +286,7 @@ def _cpu(
     )
     if not finite:
         return None
-    frame.seal(start)
+    frame.seal(start, threads=source["threads"])
     if state is not None:
         state.commit()
     return out

@@ -16,7 +16,7 @@ __all__ = ["ENOUGH", "advice", "coverage"]
 ENOUGH = 0.2
 """Share of an update below which runs ended clearly behind uncompressed ones.
 
-docs/compression-training.md: at 0.06 three points behind, at 0.3 to 0.6 about one or less.
+docs/compression-training.md: at 0.06 two to three points behind, at 0.3 to 0.6 about one or less.
 """
 
 
@@ -43,5 +43,5 @@ def advice(settings: Settings, numel: int) -> str | None:
         f"values each time: {share:.0%} of an update in the whole run. With any error control that "
         f"is too little to catch up with an uncompressed run; send {min(ENOUGH / visits, 1):.2g} "
         f"of the values, or train for {rounds} rounds, or let more clients take part. EControl "
-        'with control_step="saga" and a server learning rate of 2 loses least'
+        "with a server learning rate of 2.5 loses least"
     )

@@ -140,7 +140,7 @@ class Simulation:
         if isinstance(model, str):
             rng = generator(settings.seed, Purpose.MODEL)
             model = build_model(model, self.data.example_shape, len(self.data.classes), rng)
-        self.trainer = LocalTrainer(model)
+        self.trainer = LocalTrainer(model, loss=settings.loss, optimizer=settings.optimizer)
         self._tensors = {
             name: torch.from_numpy(getattr(self.data, name))
             for name in ("x_train", "y_train", "x_test", "y_test")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flcore._extras import require
 from flcore.algorithms.base import Parameters, StepSpec, local_steps, named_views
 from flcore.errors import InvalidInputError
+from flcore.ops.perp_grad import pair_views, perp_grad_views
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,8 @@ class LocalTrainer:
     model : torch.nn.Module
         Maps a batch of examples to class scores.  Its parameters are moved into one vector and
         overwritten by every call; `initial` keeps what they were.
+    loss, optimizer : str
+        See `flcore.simulation.Settings`.
 
     Raises
     ------
@@ -41,8 +45,11 @@ class LocalTrainer:
         no algorithm here exchanges.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, loss: str = "softmax", optimizer: str = "sgd"
+    ) -> None:
         self._torch = require("torch", extra="train")
+        self._loss = _cross_entropy(loss)
         self._model = model
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_model(model, parameters)
@@ -56,6 +63,7 @@ class LocalTrainer:
             parameter.data = values.view(parameter.shape)
             parameter.grad = gradient.view(parameter.shape)
         self.initial: Parameters = self._named(self._x.numpy().copy())
+        self._project = self._projection() if optimizer == "perpgrad" else None
 
     @property
     def numel(self) -> int:
@@ -98,7 +106,7 @@ class LocalTrainer:
         self._torch.manual_seed(int(rng.integers(2**63)))
         losses: list[torch.Tensor] = []
         batches = self._gradients(x, y, epochs, batch_size, rng, losses)
-        steps = local_steps(self._x, batches, spec)
+        steps = local_steps(self._x, batches, replace(spec, project=self._project))
         update = (self._x - before).numpy()
         loss = float(self._torch.stack(losses).sum()) / steps
         return self._named(update), loss if np.isfinite(update).all() else math.nan
@@ -106,7 +114,7 @@ class LocalTrainer:
     def evaluate(
         self, parameters: Parameters, x: torch.Tensor, y: torch.Tensor
     ) -> tuple[float, float]:
-        """Give accuracy (0 to 1) and mean cross-entropy on the examples `x`, `y`."""
+        """Give accuracy (0 to 1) and mean loss on the examples `x`, `y`."""
         torch = self._torch
         self._load(parameters)
         self._model.eval()
@@ -116,7 +124,7 @@ class LocalTrainer:
                 batch = slice(first, first + EVALUATION_BATCH)
                 scores = self._model(x[batch])
                 correct += int((scores.argmax(1) == y[batch]).sum())
-                loss += float(torch.nn.functional.cross_entropy(scores, y[batch], reduction="sum"))
+                loss += float(self._loss(scores, y[batch], reduction="sum"))
         return correct / len(y), loss / len(y)
 
     def _gradients(
@@ -129,7 +137,6 @@ class LocalTrainer:
         losses: list[torch.Tensor],
     ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Yield one gradient function for each mini-batch, noting the losses on the way."""
-        cross_entropy = self._torch.nn.functional.cross_entropy
         for _ in range(epochs):
             order = self._torch.from_numpy(rng.permutation(len(y)))
             x_epoch, y_epoch = x[order], y[order]
@@ -141,12 +148,34 @@ class LocalTrainer:
                     _: torch.Tensor, x: torch.Tensor = x_batch, y: torch.Tensor = y_batch
                 ) -> torch.Tensor:
                     self._g.zero_()
-                    loss = cross_entropy(self._model(x), y)
+                    loss = self._loss(self._model(x), y)
                     loss.backward()
                     losses.append(loss.detach())
                     return self._g
 
                 yield gradient
+
+    def _projection(self) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        """Return a function that projects the gradients, each along its parameter, in place.
+
+        Parameters and gradients stay where they are, so that kernels know them once for all.
+        """
+        pieces = [
+            (name, *(vector[first : first + size] for vector in (self._x, self._g)))
+            for name, first, size in self._places()
+            if size > 1
+        ]
+        names, weights, grads = zip(*pieces, strict=True) if pieces else ((), (), ())
+        pairs = pair_views(weights, grads, [(name, f"{name}.grad") for name in names])
+        return lambda x, g: perp_grad_views(pairs)
+
+    def _places(self) -> Iterator[tuple[str, int, int]]:
+        """Yield name, first position and number of elements of each parameter."""
+        first = 0
+        for name, shape in self._shapes.items():
+            size = math.prod(shape)
+            yield name, first, size
+            first += size
 
     def _load(self, parameters: Parameters) -> None:
         values = self._named(self._x.numpy())
@@ -156,6 +185,14 @@ class LocalTrainer:
     def _named(self, vector: np.ndarray) -> Parameters:
         """Views of one vector, one for each parameter."""
         return named_views(vector, self._shapes)
+
+
+def _cross_entropy(loss: str) -> Callable[..., Any]:
+    if loss == "softmax":
+        return require("torch.nn.functional", extra="train").cross_entropy
+    from flcore.losses import stablemax_cross_entropy
+
+    return stablemax_cross_entropy
 
 
 def _check_model(model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -254,6 +254,8 @@ def _learning_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", model["name"]),
         ("parameters", f"{model['parameters']:,}"),
         ("algorithm", algorithm.pop("name")),
+        ("loss", f"{config['settings']['loss']} cross-entropy"),
+        ("optimizer", config["settings"]["optimizer"]),
         *((_spaced(name), _plain(value)) for name, value in algorithm.items()),
     ]
 

@@ -32,6 +32,9 @@ FORMAT = 1
 FILES = ("metrics.jsonl", "checkpoint.safetensors", "model.safetensors")
 """What a run writes beside config.json."""
 
+ADDED = {"loss": "softmax", "optimizer": "sgd"}
+"""Settings that older runs do not have, with what those runs did."""
+
 FREE = (
     ("versions",),
     ("dataset", "name"),
@@ -120,6 +123,7 @@ class RunFolder:
             raise CheckpointError(f"output: {file} is not valid JSON: {error}") from error
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise CheckpointError(f"output: {file} is not the configuration of a flcore run")
+        config["settings"] = ADDED | config["settings"]
         return config
 
     def append(self, record: RoundRecord) -> None:

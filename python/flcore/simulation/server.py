@@ -26,9 +26,18 @@ class Server:
     h_i, and the server keeps their mean over all N clients; an absent client changes nothing, so
     the sum is divided by the weight of all clients, not of those present:
 
-        H <- H + sum_{i in S} q_i D_i / sum_{i <= N} q_i ;   direction = H
+        H' = H + sum_{i in S} q_i D_i / sum_{i <= N} q_i
 
-    or, with ``control_step="saga"``, H before the update plus the weighted mean of the D_i.
+    With ``control_step="saga"`` the direction is the step that FedVARP (Jhunjhunwala et al., UAI
+    2022, arXiv 2207.14130) takes with uncompressed updates, where h_i is the last update of i,
+
+        direction = H + sum_{i in S} q_i D_i / sum_{i in S} q_i
+
+    ``"paper"`` takes H' as EControl has it, in which the news of a round enters at S/N.  Where all
+    clients take part the two are one.  With equal weights and S of N clients a round, the model
+    with all that was not sent, ``x + c sum_{i <= N} e_i``, moves along ``H + c sum_{i in S} (u_i -
+    h_i)``, u_i the update, with c = 1/S for saga and 1/N for the paper's step: only the first is,
+    over who takes part, an unbiased estimate of the mean update.
 
     Both live in the units of an update, the change of the parameters in a round. When the local
     learning rate decays, H is scaled by the same factor as the h_i of the clients, which scale

@@ -14,8 +14,10 @@ from flcore.errors import InvalidInputError
 __all__ = ["Settings"]
 
 ACCUMULATE = ("float32", "float64", "reproducible")
-CONTROL_STEPS = ("paper", "saga")
+CONTROL_STEPS = ("saga", "paper")
 STARTS = ("zero", "dense")
+LOSSES = ("softmax", "stablemax")
+OPTIMIZERS = ("sgd", "perpgrad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +45,23 @@ class Settings:
     start : {"zero", "dense"}
         First estimate h of a client under `EControl` and `EF21`: 0, or its first update, which is
         then sent in full.
-    control_step : {"paper", "saga"}
+    control_step : {"saga", "paper"}
         Direction of the server under `EControl` and `EF21`, with D_i the decoded messages, N
         clients in all and S of them present:
 
-        - ``"paper"``: H after the update, ``H <- H + 1/N sum D_i``.  A client's news enters at
-          S/N, the mean also holds what absent clients said last.
-        - ``"saga"``: H before it plus ``1/S sum D_i``.  News enters in full: faster at low
-          participation, and noisier.
+        - ``"saga"``: H before the update plus ``1/S sum D_i``.  Those present speak for the
+          absent too: on average the step is the one that all N clients would make.
+        - ``"paper"``: H after it, ``H <- H + 1/N sum D_i``.  A client's news enters at S/N, the
+          rest is what absent clients said last: less noise, and late.
+
+        The two are the same when all clients take part.
+    loss : {"softmax", "stablemax"}
+        Cross-entropy that clients minimise and that is measured on the test data: of softmax, or
+        of StableMax (`flcore.losses.stablemax_cross_entropy`), whose gradients do not vanish when
+        logits grow, and which wants a larger learning rate.
+    optimizer : {"sgd", "perpgrad"}
+        Step of the clients: along the gradient, or along the gradient without its part along the
+        parameters, tensor by tensor (`flcore.optim.PerpGrad`), which does not lengthen them.
     accumulate : {"float32", "float64", "reproducible"}
         Arithmetic of the sum over clients, see `flcore.aggregation.Accumulator`.
     threads : int
@@ -72,7 +83,9 @@ class Settings:
     codec: Any = field(default_factory=lambda: TopK(ratio=0.1))
     feedback: Any = field(default_factory=EControl)
     start: str = "zero"
-    control_step: str = "paper"
+    control_step: str = "saga"
+    loss: str = "softmax"
+    optimizer: str = "sgd"
     accumulate: str = "float32"
     threads: int = 1
     checkpoint_every: int = 10
@@ -100,8 +113,10 @@ class Settings:
             )
         _one_of("start", self.start, STARTS)
         _one_of("control_step", self.control_step, CONTROL_STEPS)
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("accumulate", self.accumulate, ACCUMULATE)
-        for name, plain in (("start", "zero"), ("control_step", "paper")):
+        for name, plain in (("start", "zero"), ("control_step", "saga")):
             if getattr(self, name) != plain and not self.controls_server:
                 raise InvalidInputError(
                     f"{name}: {getattr(self, name)!r} is for EControl and EF21; it needs "

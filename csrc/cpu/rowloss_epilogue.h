@@ -1,0 +1,54 @@
+// What follows from the sums of one row: its loss and the few factors its gradient is made of.
+// In float64, one row at a time; the formulas are told in rowloss.isa.cpp.
+#pragma once
+
+#include "api.h"
+#include "cpu/isa.h"
+
+namespace flcore {
+namespace FLCORE_ISA {
+
+struct RowSums {
+  double rest, own;       // R and e_y, multiples of exp(shift)
+  double shift;
+  double log_own;         // g_y, for where e_y is too small to divide by
+  double weight, moment;  // sum of u_c and of u_c g_c: the targets outside the comp-sum term
+};
+
+// k != y:  dx_k = common pi_k f'_k - scale u_k rho_k
+// k == y:  dx_y = own_common pi_y f'_y - (own_rho + scale u_y) rho_y
+struct RowFactors {
+  double loss, common, own_common, own_rho;
+};
+
+// hard: (1 - eps) w_y, 0 with soft targets. scale: logit scale times upstream gradient.
+static inline RowFactors row_factors(const RowLossArgs& a, const RowSums& s, double hard,
+                                     double scale) {
+  const double total = s.rest + s.own;
+  if (!(total > 0 && total < __builtin_inf())) {
+    const double nan = __builtin_nan("");
+    return RowFactors{nan, nan, nan, nan};
+  }
+  const double log_total = s.shift + __builtin_log(total);
+  double loss = s.weight != 0 || s.moment != 0 ? s.weight * log_total - s.moment : 0.0;
+  double slope = s.weight;
+  if (a.z_loss != 0) {
+    loss += a.z_loss * log_total * log_total;
+    slope += 2 * a.z_loss * log_total;
+  }
+  if (hard != 0) {
+    const double ratio = s.rest / s.own;
+    const double own = ratio < __builtin_inf() ? __builtin_log1p(ratio) : log_total - s.log_own;
+    if (a.tau == 1) {
+      loss += hard * own;
+    } else {
+      loss += hard * (__builtin_expm1((1 - a.tau) * own) / (1 - a.tau));
+      hard *= __builtin_exp((1 - a.tau) * own);
+    }
+  }
+  return RowFactors{loss, scale * (slope + hard) / total, scale * slope / total,
+                    scale * hard * (s.rest / total)};
+}
+
+}  // namespace FLCORE_ISA
+}  // namespace flcore
