@@ -993,6 +993,55 @@ struct RowLossFns {
   RowTargets (*targets)(const RowTargetsArgs&);
 };
 
+// ---- stablemax: probabilities along a dimension, collapse (csrc/cpu/stablemax.isa.cpp) ----------
+
+enum StableMaxStep : int {
+  STABLEMAX_FORWARD = 0,       // out = p
+  STABLEMAX_LOG = 1,           // out = log p
+  STABLEMAX_BACKWARD = 2,      // out = gradient of x from v, that of p
+  STABLEMAX_LOG_BACKWARD = 3,  // out = gradient of x from v, that of log p
+  STABLEMAX_STEP_COUNT = 4
+};
+
+// Element (i, k) lies at (i / inner) outer + (i % inner) row + k cls, in elements.
+template <class Data>
+struct RowPlace {
+  Data* data;
+  int64_t outer, row, cls;
+};
+
+struct StableMaxArgs {
+  int step, dtype;             // StableMaxStep; DType of all arrays
+  int64_t rows, classes, inner;
+  RowPlace<const void> x, v;   // v: backward only. Either cls is 1 in all arrays, or row is
+  RowPlace<void> out;          // may be x or v, in the same place
+  int threads;
+};
+
+struct CollapseCounts {
+  int64_t rows, collapsed, zero_loss, stablemax;
+  double largest;              // |x| of what is not -inf
+  bool has_nan;
+};
+
+struct CollapseArgs {
+  int64_t rows, classes;
+  int dtype;
+  const void* x;               // element (i, k) at i row_stride + k
+  int64_t row_stride;
+  const int64_t* labels;       // [rows]; rows with ignore_index are not read
+  int64_t ignore_index;
+  double unit;                 // unit roundoff
+  CollapseCounts* found;       // [tasks]
+  int64_t tasks;               // parts that the rows are cut into
+  int threads;
+};
+
+struct StableMaxFns {
+  void (*stablemax)(const StableMaxArgs&);
+  void (*collapse)(const CollapseArgs&);
+};
+
 // ---- one row per instruction-set level (csrc/cpu/dispatch.cpp) ---------------------------------
 
 struct CpuTable {
@@ -1016,6 +1065,7 @@ struct CpuTable {
   const LutAddFns* lut_add;
   const RowLossFns* rowloss;
   const PerpGradFns* perp_grad;
+  const StableMaxFns* stablemax;
 };
 
 const CpuTable& cpu();                        // the row chosen for this process

@@ -181,7 +181,8 @@ Packet parse(const uint8_t* data, size_t size, const Limits& limits, int threads
        " coordinates, at most ", allowed);
   rules.lengths(packet);
   if (h.flags & CHECKSUM)
-    NEED(checksum(data, size, threads) == h.crc, "the checksum of the bytes differs from the header's");
+    NEED(checksum(data, size, threads) == h.crc,
+         "the checksum of the bytes differs from the header's");
   check_tensors(packet.section(TENSORS), tensors, int64_t(h.numel));
   rules.contents(packet);
   return packet;

@@ -4,9 +4,10 @@ Formulas: ``flcore.reference.rowloss``. Bytes of a logit, b its size:
 
     classes          kernels                                      forward  both  backward
     up to 64         several rows a program, sums formed anew           b    2b        2b
-    up to 32,768     a row a program, kept in registers                 b    2b        2b
+    up to 32,768     a row a program, from memory once                  b    2b        2b
     more             parts of rows, then rows, then element-wise        b    3b        2b
 
+Half as many classes where there is smoothing or a soft target, and in float64: see `budget`.
 No atomics and nothing waits for the device. Accuracy: ``rowloss_terms``. Loads of a row that does
 not count are predicated off. In place: a program reads its rows before it writes them, and the
 element-wise kernel reads and writes the same elements.
@@ -31,9 +32,9 @@ __all__ = ["rowloss"]
 FORWARD, BOTH, BACKWARD = range(3)
 SHORT = 16  # classes up to which a row lies in one thread
 TINY = 64  # classes up to which backward forms the sums anew: cheaper than reading them
-WHOLE = 32768  # classes of a row in one program
-PART = 16384  # classes of a part
-TILE = 2048  # logits of a program with several rows
+THREADS = 1024  # most of a program
+PART = 8192  # classes of a part
+TILE = 2048  # logits of an element-wise program
 MOST_ROWS = 2**31 - 1024  # rows are counted in 32 bits, also those past the end of the last tile
 
 # Arguments: arrays, numbers of a row's place and settings; each kernel takes those it names.
@@ -41,14 +42,16 @@ FLAGS = ("MAP", "MARGIN", "SMOOTH", "ZLOSS", "TAU", "SHARD", "NESTED")
 
 
 def rowloss(call: RowCall, mode: int) -> None:
-    """Variant `triton` of the op: mode 0 loss and statistics, 1 with gradient, 2 from statistics."""
+    """Variant `triton` of the op: 0 loss and statistics, 1 with gradient, 2 gradient from them."""
     if call.rows == 0:
         return
     if call.rows > MOST_ROWS:
         raise InvalidInputError(f"x: expected at most {MOST_ROWS} rows, got {call.rows}")
     arguments = _arguments(call)
-    again = TINY if call.soft is None else WHOLE  # soft targets have one more sum to form
-    whole = call.classes <= (again if mode == BACKWARD else WHOLE)
+    limit = THREADS * budget(call)
+    if mode == BACKWARD and call.soft is None:  # soft targets have one more sum to form
+        limit = TINY
+    whole = call.classes <= limit
     with torch.cuda.device_of(call.x):
         if whole and not (mode == BACKWARD and call.form.shard):
             _whole_rows(call, mode, arguments)
@@ -57,12 +60,13 @@ def rowloss(call: RowCall, mode: int) -> None:
 
 
 def _whole_rows(call: RowCall, mode: int, arguments: dict[str, Any]) -> None:
-    r, a, b, warps = tile(call.classes, call.class_stride == 1)
+    adjacent = call.class_stride == 1
+    r, a, b, warps = tile(call.classes, adjacent, budget(call))
     outputs = dict.fromkeys(("loss_ptr", "rest_ptr", "own_ptr", "shift_ptr"))
     changed = {"grad_ptr": None} if mode == FORWARD else outputs if mode == BACKWARD else {}
     options = {
-        "COLUMNS": call.classes if a * b <= SHORT and call.class_stride == 1 else 0,
-        "AGAIN": a * b >= 128,
+        "COLUMNS": call.classes if a * b <= SHORT and adjacent else 0,
+        "AGAIN": a * b >= TINY and (budget(call) < 32 or call.x.element_size() == 2),
     }
     options |= {"R": r, "A": a, "B": b, "num_warps": warps}
     _launch(row_kernel, triton.cdiv(call.rows, r), {**arguments, **changed}, **options)
@@ -95,14 +99,22 @@ def _parts(call: RowCall, mode: int, arguments: dict[str, Any]) -> None:
         _launch(gradient_kernel, programs, arguments, blocks=blocks, R=r, B=b, num_warps=4)
 
 
-def tile(classes: int, adjacent: bool) -> tuple[int, int, int, int]:
-    """Rows, classes as A * B, and warps of a program for whole rows."""
+def budget(call: RowCall) -> int:
+    """Logits a thread may hold: some 100 registers with everything that is kept beside them."""
+    heavy = call.form.label_smoothing != 0 or call.soft is not None
+    return 32 // (2 if heavy else 1) // (2 if call.compute == "float64" else 1)
+
+
+def tile(classes: int, adjacent: bool, logits: int) -> tuple[int, int, int, int]:
+    """Rows, classes as A * B, and warps of a program for whole rows; `logits` from `budget`."""
     block = triton.next_power_of_2(max(1, classes))
-    rows = max(1, TILE // block)
+    rows = max(1, 64 * logits // block)
     if not adjacent and block <= 1024:  # neighbours in memory are rows then
         rows = max(rows, 32)
+    elif block <= SHORT:
+        rows = 128  # one a thread
     a = min(8, max(1, block // 8))
-    warps = min(32, max(4, rows * block // 1024))
+    warps = min(32, max(4, rows * block // (32 * logits)))
     return rows, a, block // a, warps
 
 

@@ -68,7 +68,9 @@ def load_logits(
 ):
     """Return z and the prior (anything where there is none) of a tile."""
     if COLUMNS == 0:
-        x = tl.load(x_ptr + offset + k.to(tl.int64) * class_stride, mask=active & (k < limit), other=0.0)
+        x = tl.load(
+            x_ptr + offset + k.to(tl.int64) * class_stride, mask=active & (k < limit), other=0.0
+        )
     else:  # loads of columns lay the tile out a row a thread: no exchange in the sums
         x = tl.load(x_ptr + offset, mask=active, other=0.0)
         for c in tl.static_range(1, COLUMNS):
@@ -108,8 +110,9 @@ def class_weights(
     HAS_PRIOR: tl.constexpr,
     MAP: tl.constexpr,
 ):
-    """Weights u of ln S - g outside the comp-sum term; without soft targets those of the classes
-    present, short of the factor smoothing / V'.
+    """Weights u of ln S - g outside the comp-sum term.
+
+    Without soft targets those of the classes present, short of the factor smoothing / V'.
     """
     there = keep
     if HAS_PRIOR:
@@ -138,11 +141,11 @@ def target_terms(
     C: tl.constexpr,
     MAP: tl.constexpr,
 ):
-    """Return e, slope, rho, g and w of the targets; 0 where there is none."""
+    """Return e, slope, rho, g and w of the targets; e and slope are 0 where there is none."""
     here = y >= 0
     z = tl.load(x_ptr + offset + y.to(tl.int64) * class_stride, mask=here, other=0.0).to(C) * t
     prior = z
-    w = tl.where(here, 1.0, 0.0).to(C)
+    w = tl.where(here, 1.0, 1.0).to(C)  # also where another shard has the target
     if prior_ptr is not None:
         prior = tl.load(prior_ptr + y, mask=here, other=0.0)
     if weight_ptr is not None:
@@ -237,7 +240,19 @@ def row_kernel(
     offset = row_offset(row, inner, outer_stride, row_stride, NESTED)
     t = row_scale(row_scale_ptr, row, active, scale_bits, C)
     z, prior = load_logits(
-        x_ptr, prior_ptr, offset, k, y, t, active, limit, class_stride, margin_bits, C, MARGIN, COLUMNS
+        x_ptr,
+        prior_ptr,
+        offset,
+        k,
+        y,
+        t,
+        active,
+        limit,
+        class_stride,
+        margin_bits,
+        C,
+        MARGIN,
+        COLUMNS,
     )
     shift = t * 0.0
     if MAP == SOFTMAX:

@@ -1,6 +1,6 @@
 """Row losses in Triton, a row over many programs; arguments as in ``rowloss_kernels``.
 
-Parts of 16,384 classes leave their sums in a workspace, in float64; one program a few rows adds
+Parts of 8,192 classes leave their sums in a workspace, in float64; one program a few rows adds
 them in order and forms loss, statistics and the factors of the gradient; an element-wise kernel
 multiplies. The parts depend on the number of classes alone: same bits on every GPU and run.
 """

@@ -115,7 +115,7 @@ def element_map(z, prior, shift, HAS_PRIOR: tl.constexpr, MAP: tl.constexpr):
 
 @triton.jit
 def log_weighted(z, prior, e, pivot, HAS_PRIOR: tl.constexpr, MAP: tl.constexpr):
-    """g - pivot, g = ln(pi f(z)); the pivot is 0 but for softmax."""
+    """Return g = ln(pi f(z)) less the pivot, which is 0 but for softmax."""
     if MAP == SOFTMAX:
         return (z + prior if HAS_PRIOR else z) - pivot
     else:
@@ -131,7 +131,7 @@ def add_up(values):
 
 @triton.jit
 def plain_loss(rest, own, y, g_y, shift, MAP: tl.constexpr):
-    """l = ln S - g_y without cancellation."""
+    """Return ln S - g_y without cancellation."""
     ratio = rest / own
     if MAP == SOFTMAX:  # e_y may have lost its digits, g_y has not
         far = ~(ratio <= 1.0)

@@ -95,6 +95,42 @@ def test_any_mix_of_codecs(numel, bucket, rng):
         assert [x.tobytes() for x in ours] == [x.tobytes() for x in want], packet.header
 
 
+GROUPS = [
+    {"codec": "sign", "bits": 1},
+    {"codec": "uniform", "bits": 8},
+    {"codec": "affine", "bits": 8, "values": "bfloat16"},
+    {"codec": "uniform", "bits": 4},
+    {"codec": "affine", "bits": 4},
+    {"codec": "uniform", "bits": 5},
+    {"codec": "ternary", "bits": 2, "form": 1},
+]
+
+
+@pytest.mark.parametrize("bucket", [13, 500, 65_536])
+@pytest.mark.parametrize("options", GROUPS, ids=lambda o: f"{o['codec']}{o['bits']}")
+def test_many_packets_of_one_layout(options, bucket, rng):
+    """Eight, four and one at a visit, broken by one of another bucket: as the reference."""
+    numel = 40_013
+    buckets = [bucket] * 14
+    buckets.insert(9, bucket // 2)
+    packets = []
+    for cut in buckets:
+        g = rng.standard_normal(numel).astype(np.float32)
+        packets.append(Packet.from_bytes(quantize(g, bucket=cut, **options)))
+    weights = rng.standard_normal(len(packets)).tolist()
+    for sizes in ([numel], [5, 0, 4097, 1, 30_000, numel - 34_103]):
+        for kinds in ([np.float32], [np.float32, np.float64]):
+            guards = [Guarded(n, np.dtype(kinds[i % len(kinds)]), i) for i, n in enumerate(sizes)]
+            for guard in guards:
+                guard.array[:] = rng.standard_normal(guard.array.size)
+            want = [g.array.copy() for g in guards]
+            decode_add_into(packets, weights, [g.array for g in guards], variant="cpu")
+            decode_add_into(packets, weights, want, variant="reference")
+            for guard, expected in zip(guards, want, strict=True):
+                guard.check()
+                assert guard.array.tobytes() == expected.tobytes()
+
+
 def test_mixes_do_not_depend_on_threads(rng):
     packets = mixed(rng, 150_000, 500)
     weights = rng.standard_normal(len(packets)).tolist()

@@ -17,6 +17,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 PAGE = (ROOT / "docs" / "aggregation.md").read_text()
 COMPRESSION = (ROOT / "docs" / "compression.md").read_text()
 PAGE_BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+NEED_TORCH = (
+    "flcore._torch_",
+    "flcore.losses",
+    "flcore.nn",
+    "flcore.optim._",
+    "flcore.integrations",
+)
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(flcore.__path__, "flcore.")
@@ -42,6 +49,13 @@ def test_page_on_aggregation_runs(tmp_path):
         exec(compile(block, "docs/aggregation.md", "exec"), names)
     for layer, x in names["aggregate"].items():  # `model` is the sharded one by now
         assert names["model"][layer].tobytes() == x.tobytes()
+
+
+def test_page_on_grokking_runs():
+    pytest.importorskip("torch")
+    text = (ROOT / "docs" / "grokking.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/grokking.md", "exec"), {})
 
 
 def test_page_on_compression_runs():
@@ -77,7 +91,7 @@ def test_page_on_aggregation_names_every_rule():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name: str):
-    if name == "flcore._torch_ops" and not HAS_TORCH:
+    if name.startswith(NEED_TORCH) and not HAS_TORCH:
         pytest.skip("torch is not installed")
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -1,4 +1,4 @@
-"""The loops for clients that keep e alone give the bits of the reference, wherever a bucket ends."""
+"""The short way for clients that keep e alone gives the bits of the reference, at any size."""
 
 from __future__ import annotations
 

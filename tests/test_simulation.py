@@ -245,6 +245,57 @@ def test_participation_is_a_count_or_a_share(participation, count):
     assert Settings(participation=participation).participants == count
 
 
+@pytest.mark.parametrize("loss", ["softmax", "stablemax"])
+@pytest.mark.parametrize("optimizer", ["sgd", "perpgrad"])
+def test_losses_and_optimizers_learn(optimizer, loss, digits):
+    settings = Settings(
+        rounds=12, clients=10, alpha=None, codec=None, feedback=None, loss=loss, optimizer=optimizer
+    )
+    history = run(FedAvg(local_epochs=4), "mlp", digits, settings)
+    assert history.accuracy > 0.85
+    assert history.config["settings"]["loss"] == loss
+    assert history.config["settings"]["optimizer"] == optimizer
+
+
+def test_local_steps_use_the_loss_and_the_projection_that_were_asked_for(digits):
+    from flcore.losses import stablemax_cross_entropy
+    from flcore.optim import perp_grad_
+
+    everyone = {"rounds": 1, "clients": 1, "participation": 1, "codec": None, "feedback": None}
+    settings = Settings(loss="stablemax", optimizer="perpgrad", **everyone)
+    algorithm = FedAvg(local_epochs=1, batch_size=len(digits.y_train), clip=None, weight_decay=0.1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    by_hand = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    by_hand.load_state_dict(model.state_dict())
+    history = run(algorithm, model, digits, settings)
+    scores = by_hand(torch.from_numpy(digits.x_train))
+    loss = stablemax_cross_entropy(scores, torch.from_numpy(digits.y_train))
+    loss.backward()
+    perp_grad_(by_hand.parameters())
+    for name, p in by_hand.named_parameters():  # decay is not projected
+        want = p - 0.1 * (p.grad + 0.1 * p)
+        np.testing.assert_allclose(history.model[name], want.detach(), rtol=1e-4, atol=1e-6)
+    assert history.records[0].train_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_softmax_and_plain_steps_are_the_default(digits):
+    settings = Settings(rounds=2)
+    assert (settings.loss, settings.optimizer) == ("softmax", "sgd")
+    named = Settings(rounds=2, loss="softmax", optimizer="sgd")
+    assert_same_model(*(run(SHORT, "mlp", digits, s).model for s in (settings, named)))
+
+
+def test_a_run_from_before_there_were_losses_goes_on(digits, tmp_path):
+    run(SHORT, "mlp", digits, Settings(rounds=1), output=tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["settings"]["loss"], config["settings"]["optimizer"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    other = Settings(rounds=2, optimizer="perpgrad")
+    with pytest.raises(CheckpointError, match=r"settings\.optimizer: 'sgd' there, 'perpgrad' now"):
+        run(SHORT, "mlp", digits, other, output=tmp_path, resume=True)
+    assert len(run(SHORT, "mlp", digits, Settings(rounds=2), output=tmp_path, resume=True)) == 2
+
+
 def test_accumulating_otherwise_changes_little(digits):
     models = [
         run(SHORT, "mlp", digits, Settings(rounds=2, accumulate=dtype)).model
@@ -398,6 +449,8 @@ def test_divergence_of_the_server_is_found(digits):
         ({"control_step": "sag"}, "control_step: expected one of saga, paper"),
         ({"feedback": EF14(), "start": "dense"}, "start: 'dense' is for EControl and EF21"),
         ({"start": "warm"}, "start: expected one of zero, dense"),
+        ({"loss": "hinge"}, "loss: expected one of softmax, stablemax"),
+        ({"optimizer": "adam"}, "optimizer: expected one of sgd, perpgrad"),
         ({"codec": "topk"}, "codec: expected a codec of flcore.compression, or None"),
         ({"feedback": TopK(k=1)}, "feedback: expected an error control of flcore.compression"),
     ],

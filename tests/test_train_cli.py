@@ -88,7 +88,7 @@ def test_resume_takes_over_every_option(tmp_path):
         "--batch-size": 7, "--lr": 0.05, "--lr-decay": 0.9, "--weight-decay": 0.0, "--clip": 0.0,
         "--server-lr": 0.7, "--weighting": "uniform", "--accumulate": "float64", "--ratio": 0.2,
         "--error-control": "econtrol", "--eta": 0.15, "--control-step": "paper", "--seed": 3,
-        "--model": "cnn", "--threads": 2,
+        "--model": "cnn", "--threads": 2, "--loss": "stablemax", "--optimizer": "perpgrad",
     }  # fmt: skip
     arguments = [part for option in options.items() for part in option]
     flcore_train("--rounds", 1, "-o", tmp_path, *arguments)
@@ -100,6 +100,10 @@ def test_resume_takes_over_every_option(tmp_path):
     assert before == after and len(metrics(tmp_path)) == 2
     assert before["settings"]["participation"] == 0.34
     assert before["algorithm"]["clip"] is None
+    assert before["settings"]["loss"] == "stablemax"
+    assert before["settings"]["optimizer"] == "perpgrad"
+    page = (tmp_path / "report.html").read_text()
+    assert "stablemax cross-entropy" in page and "perpgrad" in page
 
 
 def test_without_compression_nothing_is_left_to_control(tmp_path):

@@ -28,6 +28,7 @@ void bind_lut_add(pybind11::module_& m);
 void bind_rowloss(pybind11::module_& m);
 void bind_packet_image(pybind11::module_& m);
 void bind_perp_grad(pybind11::module_& m);
+void bind_stablemax(pybind11::module_& m);
 
 // Addresses arrive as integers: Python owns allocation and validation, kernels get pointers.
 template <class T = void>

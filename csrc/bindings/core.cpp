@@ -126,4 +126,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_rowloss(m);
   bind_packet_image(m);
   bind_perp_grad(m);
+  bind_stablemax(m);
 }

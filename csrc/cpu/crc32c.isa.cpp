@@ -1,9 +1,10 @@
 // CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), the checksum of packets.
 //   update(crc, data, bytes, threads): the sum over what came before and data; starts from 0
-// Reads the data once, long inputs in one part a thread: the sum over two strings follows from the sums
-// over each and the length of the second. The SSE4.2 instruction takes 8 bytes but 3 cycles of latency, so long inputs
-// run as three independent streams of LANE bytes; the sums are joined with a table that advances a
-// CRC over LANE zero bytes (a linear map of its 32 bits). Elsewhere: one table look-up a byte.
+// Reads the data once, long inputs in one part a thread: the sum over two strings follows from the sum
+// over each and the length of the second. The SSE4.2 instruction takes 8 bytes but 3 cycles of
+// latency, so long parts run as three independent streams of LANE bytes; the sums are joined with a
+// table that advances a CRC over LANE zero bytes (a linear map of its 32 bits). Elsewhere: one table
+// look-up a byte.
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/isa.h"

@@ -19,7 +19,8 @@ namespace flcore {
   X(Decode, decode, isa) X(Quantize, quantize, isa) X(Indices, indices, isa) X(Randk, randk, isa) \
   X(Crc32c, crc32c, isa) X(Rng, rng, isa) X(Moments, moments, isa) X(Mask, mask, isa) \
   X(Select, select, isa) X(Gram, gram, isa) X(LowRank, low_rank, isa) X(Sketch, sketch, isa) X(Vote, vote, isa) \
-  X(LutAdd, lut_add, isa) X(RowLoss, rowloss, isa) X(PerpGrad, perp_grad, isa)
+  X(LutAdd, lut_add, isa) X(RowLoss, rowloss, isa) X(PerpGrad, perp_grad, isa) \
+  X(StableMax, stablemax, isa)
 
 #define FLCORE_DECLARE(Type, stem, isa) extern const Type##Fns stem##_##isa;
 #define FLCORE_ADDRESS(Type, stem, isa) , &stem##_##isa

@@ -156,6 +156,8 @@ static PerpFactors factors(const PerpGradArgs& a, const double* sums, const doub
   return {c, __builtin_sqrt(gg) / (__builtin_sqrt(pp) + a.eps), true, false};
 }
 
+namespace {  // member functions of a class with a name would be weak symbols
+
 // The steps of tensors [first, last), whose tiles are numbered from 0 in a.first_tile.
 struct Group {
   const PerpGradArgs& a;
@@ -234,6 +236,8 @@ struct Group {
     run(PERP_APPLY, !measure);
   }
 };
+
+}  // namespace
 
 static void project(const PerpGradArgs& a) {
   if (a.global) return Group{a, 0, a.layers}.project();

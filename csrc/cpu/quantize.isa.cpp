@@ -6,6 +6,7 @@
 // with e and h 20, without state 4; one more read of update and state when state is updated in place,
 // because a NaN anywhere must leave it unchanged. Buckets depend on nothing but their own coordinates
 // and random bits on the coordinate: the same bytes for any number of threads and any level.
+// Codecs of one scale for a client with e alone go a shorter way to the same bits: quantize_rest.h.
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/codes.h"

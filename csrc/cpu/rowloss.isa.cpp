@@ -17,6 +17,7 @@
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "cpu/rowloss_access.h"
+#include "cpu/rowloss_columns.h"
 #include "cpu/rowloss_rows.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
@@ -24,19 +25,31 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
-// Few rows: it pays to give each to all threads.
-static bool split_rows(const RowLossArgs& a) {
-  return a.threads > 1 && a.rows < a.threads && row_blocks(a) > 1;
+// Whether the lanes of a vector are rows (rowloss_columns.h) and not classes (rowloss_rows.h).
+static bool by_columns(const RowLossArgs& a) {
+  return a.classes <= COLUMNS || a.class_stride != 1 || (a.grad && a.grad_class_stride != 1);
 }
+
+static int64_t thread_scratch(const RowLossArgs& a) {
+  return whole_lines(by_columns(a) ? columns_scratch(a) : rows_scratch(a));
+}
+static int64_t scratch(const RowLossArgs& a) { return a.threads * thread_scratch(a); }
 
 template <int D>
 static void visit(const RowLossArgs& a, int mode) {
-  char* const scratch = static_cast<char*>(a.scratch);
-  if (split_rows(a)) return rows_visit<D>(a, mode, -1, 0, scratch);
-  const int64_t bytes = rows_scratch(a);
+  char* const memory = static_cast<char*>(a.scratch);
+  const bool columns = by_columns(a);
+  if (!columns && a.rows < a.threads && row_blocks(a) > 1) {
+    rows_visit<D>(a, mode, -1, 0, memory);
+    return;
+  }
+  const int64_t bytes = thread_scratch(a);
   for_chunks(a.threads, a.threads, [&](int64_t thread) {
-    rows_visit<D>(a, mode, a.rows * thread / a.threads, a.rows * (thread + 1) / a.threads,
-                  scratch + bytes * thread);
+    const int64_t first = a.rows * thread / a.threads, end = a.rows * (thread + 1) / a.threads;
+    if (columns)
+      columns_visit<D>(a, mode, first, end - first, memory + bytes * thread);
+    else
+      rows_visit<D>(a, mode, first, end, memory + bytes * thread);
   });
 }
 
@@ -53,8 +66,6 @@ static void visit_dtype(const RowLossArgs& a) {
       return visit<BF16>(a, MODE);
   }
 }
-
-static int64_t scratch(const RowLossArgs& a) { return a.threads * rows_scratch(a); }
 
 static RowTargets targets(const RowTargetsArgs& a) {
   RowTargets found{0, 0.0, -1};

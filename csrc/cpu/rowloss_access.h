@@ -21,6 +21,10 @@ struct RowCompute<F64> {
   typedef vf64 Vector;
 };
 
+// Numbers that are read, mapped and written together: 256 bytes of the compute type.
+template <class T>
+constexpr int ROW_GROUP = int(256 / sizeof(T));
+
 // One entry of an array of the compute type.
 template <int D>
 FLCORE_INLINE double row_number(const void* p, int64_t i) {
@@ -41,12 +45,15 @@ struct RowAccess {
 
   static double number(const void* p, int64_t i) { return row_number<D>(p, i); }
 
-  int64_t x(int64_t i, int64_t k) const {
-    return i / a.inner * a.outer_stride + i % a.inner * a.row_stride + k * a.class_stride;
+  int64_t place(int64_t i, int64_t outer, int64_t row) const {
+    return i < a.inner ? i * row : i / a.inner * outer + i % a.inner * row;
   }
-  int64_t grad(int64_t i, int64_t k) const {
-    return i / a.inner * a.grad_outer_stride + i % a.inner * a.grad_row_stride +
-           k * a.grad_class_stride;
+  const char* x(int64_t i) const {
+    return static_cast<const char*>(a.x) + place(i, a.outer_stride, a.row_stride) * dtype_bytes(D);
+  }
+  char* grad(int64_t i) const {
+    return static_cast<char*>(a.grad) +
+           place(i, a.grad_outer_stride, a.grad_row_stride) * dtype_bytes(D);
   }
 
   bool counts(int64_t i) const {

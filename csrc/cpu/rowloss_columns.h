@@ -10,6 +10,7 @@
 #include "api.h"
 #include "cpu/isa.h"
 #include "cpu/rowloss_access.h"
+#include "cpu/rowloss_batch.h"
 #include "cpu/rowloss_columns_io.h"
 #include "cpu/rowloss_finish.h"
 #include "cpu/rowmap.h"
@@ -42,16 +43,15 @@ FLCORE_INLINE void add_wide(Wide<V>& sum, const V& v) {
   for (int h = 0; h < Wide<V>::PARTS; ++h) sum.part[h] += w.part[h];
 }
 
-// PLAIN: hard labels and nothing else but a logit scale and upstream gradients.
+// Hard labels and nothing else but a logit scale and upstream gradients: rowloss_batch.h.
 static bool columns_plain(const RowLossArgs& a) {
   return a.labels && !a.weight && !a.prior && !a.row_scale && a.smoothing == 0 && a.margin == 0 &&
          a.z_loss == 0 && a.tau == 1;
 }
 
-template <int MAP, int D, bool PLAIN>
+template <int MAP, class V>
 struct ColumnGroup {
-  typedef typename RowCompute<D>::Vector V;
-  typedef typename RowCompute<D>::Number T;
+  typedef typename Real<V>::T T;
   typedef typename Real<V>::I I;
   typedef Wide<V> W;
   static constexpr int WIDTH = Real<V>::WIDTH;
@@ -84,22 +84,22 @@ struct ColumnGroup {
 
   FLCORE_MEMBER void read(int64_t k) {
     const int count = held(k);
-    read_columns<D>(from, n, k, count, x);
+    read_columns(a.dtype, from, n, k, count, x);
     if (some_ignored)
       for (int j = 0; j < count; ++j) x[j] = kept(x[j]);
-    if (!PLAIN && a.soft) {
+    if (a.soft) {
       ColumnPlace<const char> at;
-      place_rows<D>(static_cast<const char*>(a.soft), a.rows, 0, a.classes, 1, first, n, WIDTH, at);
-      read_columns<D>(at, n, k, count, q);
+      place_rows(dtype_bytes(a.dtype), static_cast<const char*>(a.soft), a.rows, 0, a.classes, 1, first, n, WIDTH, at);
+      read_columns(a.dtype, at, n, k, count, q);
     }
   }
 
   FLCORE_MEMBER V logit(const V& value, int64_t k) const {
     V z = value * t;
-    if (!PLAIN && a.margin != 0 && a.labels) z = is_target(k) ? z : z + T(a.margin);
+    if (a.margin != 0 && a.labels) z = is_target(k) ? z : z + T(a.margin);
     return z;
   }
-  FLCORE_MEMBER bool has_prior() const { return !PLAIN && a.prior; }
+  FLCORE_MEMBER bool has_prior() const { return a.prior; }
   // e_k and its derivative pi_k f'_k, in the units of the sums
   FLCORE_MEMBER void terms(const V& z, int64_t k, V& e, V& d) const {
     if (!has_prior()) return row_map<MAP>(z, c, power, e, d);
@@ -118,7 +118,7 @@ struct ColumnGroup {
     }
     return MAP == ROW_SOFTMAX ? g - shift : g;
   }
-  FLCORE_MEMBER bool has_targets() const { return !PLAIN && (a.soft || a.smoothing != 0); }
+  FLCORE_MEMBER bool has_targets() const { return (a.soft || a.smoothing != 0); }
   // u_k
   FLCORE_MEMBER V target_weight(int64_t k, int j) const {
     T spread = 0;
@@ -143,8 +143,6 @@ struct ColumnGroup {
     }
   }
 
-  // KEEP: the derivatives stay in the place of the logits
-  template <bool KEEP>
   FLCORE_MEMBER void sum(int64_t k) {
     const int count = held(k);
     V part[4] = {};
@@ -155,7 +153,6 @@ struct ColumnGroup {
       const I own = is_target(k + j);
       partial += (V)((I)e & ~own);
       own_z = own ? z : own_z;
-      if (KEEP) x[j] = d;
       if (has_targets()) {
         const V u = target_weight(k + j, j);
         if (a.soft) add_wide(weight, u);
@@ -169,28 +166,17 @@ struct ColumnGroup {
     add_wide(rest, (part[0] + part[1]) + (part[2] + part[3]));
   }
 
-  // What x holds becomes the gradient. held_d: x holds derivatives.
-  FLCORE_MEMBER void gradient(int64_t k, const RowEndFactors<V>& f, const V& scale, bool held_d) {
+  // The logits in x become the gradient.
+  FLCORE_MEMBER void gradient(int64_t k, const RowEndFactors<V>& f, const V& scale) {
     const int count = held(k);
-    if (PLAIN && held_d) {
-      const V own = -(f.own_rho * row_rho<MAP>(own_z));
-      for (int j = 0; j < count; ++j) x[j] = is_target(k + j) ? own : f.common * x[j];
-      return;
-    }
     for (int j = 0; j < count; ++j) {
       const V z = logit(x[j], k + j), rho = row_rho<MAP>(z);
       const I own = is_target(k + j);
       V e, d;
       terms(z, k + j, e, d);
-      V g = f.common * d;
-      if (PLAIN) {
-        g = own ? -(f.own_rho * rho) : g;
-      } else {
-        g = own ? f.own_common * d - f.own_rho * rho : g;
-        if (has_targets()) g -= scale * target_weight(k + j, j) * rho;
-        g = kept(g);
-      }
-      x[j] = g;
+      V g = own ? f.own_common * d - f.own_rho * rho : f.common * d;
+      if (has_targets()) g -= scale * target_weight(k + j, j) * rho;
+      x[j] = kept(g);
     }
   }
 
@@ -240,30 +226,21 @@ struct ColumnGroup {
       s.log_own = row_log(s.own);
     else if (a.shard)  // most shards do not see the target's logit
       s.log_own = row_log(vmax(splat<V>(Real<V>::TINY), s.own));
-    RowEndFactors<V> f;
-    if constexpr (PLAIN) {
-      f = row_end_plain(s, scale, mode != ROW_BACKWARD && a.loss);
-    } else {
-      W loss, common, own_common, own_rho;
-      const V w = a.weight ? of_target(a.weight, T(1)) : splat<V>(1);
-      const W hard = widen(a.labels ? w * T(1 - a.smoothing) : V{}), wide_scale = widen(scale);
-      const W r = widen(s.rest), o = widen(s.own), m = widen(s.shift), l = widen(s.log_own);
-      for (int h = 0; h < W::PARTS; ++h) {
-        const RowEndFactors<vf64> p =
-            row_end(a, RowEndSums<vf64>{r.part[h], o.part[h], m.part[h], l.part[h]}, hard.part[h],
-                    weight.part[h], moment.part[h], wide_scale.part[h]);
-        loss.part[h] = p.loss;
-        common.part[h] = p.common;
-        own_common.part[h] = p.own_common;
-        own_rho.part[h] = p.own_rho;
-      }
-      f = {narrow(loss), narrow(common), narrow(own_common), narrow(own_rho)};
+    W loss, common, own_common, own_rho;
+    const V w = a.weight ? of_target(a.weight, T(1)) : splat<V>(1);
+    const W hard = widen(a.labels ? w * T(1 - a.smoothing) : V{}), wide_scale = widen(scale);
+    const W r = widen(s.rest), o = widen(s.own), m = widen(s.shift), l = widen(s.log_own);
+    for (int h = 0; h < W::PARTS; ++h) {
+      const RowEndFactors<vf64> p =
+          row_end(a, RowEndSums<vf64>{r.part[h], o.part[h], m.part[h], l.part[h]}, hard.part[h],
+                  weight.part[h], moment.part[h], wide_scale.part[h]);
+      loss.part[h] = p.loss;
+      common.part[h] = p.common;
+      own_common.part[h] = p.own_common;
+      own_rho.part[h] = p.own_rho;
     }
+    RowEndFactors<V> f = {narrow(loss), narrow(common), narrow(own_common), narrow(own_rho)};
     if (mode != ROW_BACKWARD) write_stats(f.loss, s.rest, s.own);
-    if (some_ignored) {
-      f.common = kept(f.common);
-      f.own_rho = kept(f.own_rho);
-    }
     if (softmax) {
       const V factor = row_factor(shift, c, power);
       f.common *= factor;
@@ -277,21 +254,21 @@ struct ColumnGroup {
     some_ignored = any_lane(~rows.keep);
     ColumnPlace<char> to;
     if (mode != ROW_FORWARD)
-      place_rows<D>(static_cast<char*>(a.grad), a.inner, a.grad_outer_stride, a.grad_row_stride,
+      place_rows(dtype_bytes(a.dtype), static_cast<char*>(a.grad), a.inner, a.grad_outer_stride, a.grad_row_stride,
                     a.grad_class_stride, first, n, WIDTH, to);
     if (!any_lane(rows.keep)) {
       if (mode != ROW_BACKWARD) write_stats(V{}, V{}, V{});
       if (mode == ROW_FORWARD) return;
       for (V& v : x) v = V{};
-      for (int64_t k = 0; k < a.classes; k += COLUMNS) write_columns<D>(to, n, k, held(k), x);
+      for (int64_t k = 0; k < a.classes; k += COLUMNS) write_columns(a.dtype, to, n, k, held(k), x);
       return;
     }
-    place_rows<D>(static_cast<const char*>(a.x), a.inner, a.outer_stride, a.row_stride,
+    place_rows(dtype_bytes(a.dtype), static_cast<const char*>(a.x), a.inner, a.outer_stride, a.row_stride,
                   a.class_stride, first, n, WIDTH, from);
     const bool whole = a.classes <= COLUMNS;
     t = splat<V>(T(a.logit_scale));
-    if (!PLAIN && a.row_scale) t *= some_lanes<V>(a.row_scale, first, n, T(1));
-    if (!PLAIN && a.smoothing != 0 && !a.soft)
+    if (a.row_scale) t *= some_lanes<V>(a.row_scale, first, n, T(1));
+    if (a.smoothing != 0 && !a.soft)
       for (vf64& part : weight.part) part += a.smoothing * (a.weight_sum / a.classes_present);
     if (whole) read(0);
     if (MAP == ROW_SOFTMAX) {
@@ -306,15 +283,11 @@ struct ColumnGroup {
       }
       row_shift(shift, c, power);
     }
-    const bool keep_d = PLAIN && whole && mode == ROW_BOTH;
-    const bool sums = mode != ROW_BACKWARD || (!PLAIN && (a.soft || (a.tau != 1 && !a.shard)));
+    const bool sums = mode != ROW_BACKWARD || ((a.soft || (a.tau != 1 && !a.shard)));
     if (sums)
       for (int64_t k = 0; k < a.classes; k += COLUMNS) {
         if (!whole) read(k);
-        if (keep_d)
-          sum<true>(k);
-        else
-          sum<false>(k);
+        sum(k);
       }
     V scale = splat<V>(T(a.grad_scale));
     if (a.upstream && mode != ROW_FORWARD) scale *= some_lanes<V>(a.upstream, first, n, T(0));
@@ -323,37 +296,60 @@ struct ColumnGroup {
     if (mode == ROW_FORWARD) return;
     for (int64_t k = 0; k < a.classes; k += COLUMNS) {
       if (!whole) read(k);
-      gradient(k, f, scale, keep_d);
-      write_columns<D>(to, n, k, held(k), x);
+      gradient(k, f, scale);
+      write_columns(a.dtype, to, n, k, held(k), x);
     }
   }
 };
 
-template <int MAP, int D, bool PLAIN>
-static void columns_rows(const RowLossArgs& a, int mode, int64_t first, int64_t rows) {
-  constexpr int64_t WIDTH = ColumnGroup<MAP, D, PLAIN>::WIDTH;
-  // groups of rows side by side end where the rows do
-  const bool beside = a.class_stride != 1 && a.row_stride == 1;
-  const int64_t end = first + rows;
+// Rows from `first` on that go into one vector of `width` lanes.
+FLCORE_INLINE int64_t group_size(const RowLossArgs& a, int64_t first, int64_t end, int64_t width) {
+  const int64_t n = end - first < width ? end - first : width;
+  if (a.class_stride == 1 || a.row_stride != 1) return n;
+  // rows side by side end where the inner dimension does
+  const int64_t beside = a.inner - first % a.inner;
+  return n < beside ? n : beside;
+}
+
+template <int MAP, class V>
+static void columns_rows(const RowLossArgs& a, int mode, int64_t first, int64_t end) {
   while (first < end) {
-    int64_t n = end - first < WIDTH ? end - first : WIDTH;
-    if (beside && a.inner - first % a.inner < n) n = a.inner - first % a.inner;
-    ColumnGroup<MAP, D, PLAIN> group(a, first, int(n));
+    const int64_t n = group_size(a, first, end, Real<V>::WIDTH);
+    ColumnGroup<MAP, V> group(a, first, int(n));
     group.run(mode);
     first += n;
   }
 }
 
+template <int MAP, int D>
+static void columns_batches(const RowLossArgs& a, int mode, int64_t first, int64_t end) {
+  typedef ColumnBatch<MAP, D> Batch;
+  Batch batch(a, mode);
+  const int capacity = batch.capacity();
+  while (first < end) {
+    int groups = 0;
+    for (; groups < capacity && first < end; ++groups) {
+      batch.first[groups] = first;
+      batch.n[groups] = int(group_size(a, first, end, Batch::WIDTH));
+      first += batch.n[groups];
+    }
+    batch.run(groups);
+  }
+}
+
 template <int D>
 static void columns_visit(const RowLossArgs& a, int mode, int64_t first, int64_t rows, char*) {
-  const bool plain = columns_plain(a);
-#define FLCORE_COLUMNS(MAP)                                            \
-  return plain ? columns_rows<MAP, D, true>(a, mode, first, rows)      \
-               : columns_rows<MAP, D, false>(a, mode, first, rows)
-  if (a.map == ROW_SOFTMAX) FLCORE_COLUMNS(ROW_SOFTMAX);
-  if (a.map == ROW_STABLEMAX) FLCORE_COLUMNS(ROW_STABLEMAX);
-  FLCORE_COLUMNS(ROW_TAYLOR);
-#undef FLCORE_COLUMNS
+  typedef typename RowCompute<D>::Vector V;
+  const int64_t end = first + rows;
+  if constexpr (D != F64) {
+    const bool batch = columns_plain(a) && a.classes <= COLUMNS;
+    if (batch && a.map == ROW_SOFTMAX) return columns_batches<ROW_SOFTMAX, D>(a, mode, first, end);
+    if (batch && a.map == ROW_STABLEMAX)
+      return columns_batches<ROW_STABLEMAX, D>(a, mode, first, end);
+  }
+  if (a.map == ROW_SOFTMAX) return columns_rows<ROW_SOFTMAX, V>(a, mode, first, end);
+  if (a.map == ROW_STABLEMAX) return columns_rows<ROW_STABLEMAX, V>(a, mode, first, end);
+  columns_rows<ROW_TAYLOR, V>(a, mode, first, end);
 }
 
 static int64_t columns_scratch(const RowLossArgs&) { return 0; }

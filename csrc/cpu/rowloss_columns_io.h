@@ -13,6 +13,8 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
+#define FLCORE_NOINLINE __attribute__((noinline))
+
 constexpr int COLUMNS = 64;  // classes held at once
 
 // ---- vectors of per-row numbers -----------------------------------------------------------------
@@ -55,14 +57,14 @@ FLCORE_INLINE ColumnTargets<V> column_targets(const RowLossArgs& a, int64_t firs
       const I y = load<I>(static_cast<const int32_t*>(a.labels) + first);
       const bool can = a.ignore_index == int32_t(a.ignore_index);
       const I keep = can ? y != int32_t(a.ignore_index) : (I{} == 0);
-      return {keep, keep & (y >= 0) & (y < classes) ? y : I{} - 1};
+      return {keep, (keep & (y >= 0) & (y < classes)) ? y : I{} - 1};
     }
     typedef int32_t Half __attribute__((vector_size(VEC_BYTES / 2)));
     Half y[2], keep[2];
     for (int h = 0; h < 2; ++h) {
       const vi64 l = load<vi64>(static_cast<const int64_t*>(a.labels) + first + h * LANES64);
       const vi64 counts = l != a.ignore_index;
-      y[h] = __builtin_convertvector(counts & (l >= 0) & (l < a.classes) ? l : vi64{} - 1, Half);
+      y[h] = __builtin_convertvector((counts & (l >= 0) & (l < a.classes)) ? l : vi64{} - 1, Half);
       keep[h] = __builtin_convertvector(counts, Half);
     }
     return {load<I>(keep), load<I>(y)};
@@ -79,45 +81,52 @@ FLCORE_INLINE ColumnTargets<V> column_targets(const RowLossArgs& a, int64_t firs
 
 // ---- where the logits of a group of rows lie ----------------------------------------------------
 
-// Rows first .. first + n - 1. `start` is where each begins.
+// Rows of one group: where the first one begins, and all of them unless they are `even`.
 template <class Char>
 struct ColumnPlace {
-  Char* start[LANES];
-  int64_t class_stride;
+  Char *first, *start[LANES];
+  int64_t class_stride, row_bytes;
   bool beside;  // row after row lies side by side
+  bool even;    // all lanes have a row, row_bytes apart
+  FLCORE_MEMBER Char* row(int r) const { return even ? first + r * row_bytes : start[r]; }
 };
 
-template <int D, class Char>
-FLCORE_INLINE void place_rows(Char* base, int64_t inner, int64_t outer_stride, int64_t row_stride,
+template <class Char>
+FLCORE_INLINE void place_rows(int64_t bytes, Char* base, int64_t inner, int64_t outer_stride, int64_t row_stride,
                               int64_t class_stride, int64_t first, int n, int width,
                               ColumnPlace<Char>& p) {
-  constexpr int64_t BYTES = dtype_bytes(D);
-  int64_t outer = first / inner, within = first % inner;
-  Char* const begin = base + (outer * outer_stride + within * row_stride) * BYTES;
-  Char* at = begin;
+  int64_t outer = 0, within = first;
+  if (first >= inner) outer = first / inner, within = first % inner;
+  Char* at = base + (outer * outer_stride + within * row_stride) * bytes;
+  p.first = at;
   p.class_stride = class_stride;
+  p.row_bytes = row_stride * bytes;
   p.beside = row_stride == 1 && within + n <= inner;
+  p.even = n == width && within + n <= inner;
+  if (p.even) return;
   for (int r = 0; r < width; ++r) {
-    p.start[r] = r < n ? at : begin;
-    at += row_stride * BYTES;
+    p.start[r] = r < n ? at : p.first;
+    at += p.row_bytes;
     if (++within == inner) {
       within = 0;
-      at = base + ++outer * outer_stride * BYTES;
+      at = base + ++outer * outer_stride * bytes;
     }
   }
 }
 
 // v[j] = logits k + j of the rows
 template <int D>
-static void read_columns(const ColumnPlace<const char>& p, int n, int64_t k, int count,
+FLCORE_NOINLINE static void read_columns(const ColumnPlace<const char>& p, int n, int64_t k, int count,
                          typename RowCompute<D>::Vector* v) {
   typedef typename RowCompute<D>::Vector V;
   typedef typename RowCompute<D>::Number T;
   constexpr int WIDTH = Real<V>::WIDTH;
-  if (p.class_stride == 1) return load_rows<D>(p.start, k, count, v);
+  if (p.class_stride == 1 && p.even)
+    return load_rows<D>(EvenRows<const char>(p.first, p.row_bytes), k, count, v);
+  if (p.class_stride == 1) return load_rows<D>(PlacedRows<const char>{p.start, 0}, k, count, v);
   const int64_t step = p.class_stride * dtype_bytes(D);
   if (p.beside && n == WIDTH) {
-    const char* at = p.start[0] + k * step;
+    const char* at = p.first + k * step;
     for (int j = 0; j < count; ++j, at += step) {
       if constexpr (D == F64)
         v[j] = load_f64<D>(at, 0);
@@ -128,21 +137,23 @@ static void read_columns(const ColumnPlace<const char>& p, int n, int64_t k, int
   }
   for (int j = 0; j < count; ++j) {
     T x[WIDTH];
-    for (int r = 0; r < WIDTH; ++r) x[r] = T(load1_f64<D>(p.start[r] + (k + j) * step, 0));
+    for (int r = 0; r < WIDTH; ++r) x[r] = T(load1_f64<D>(p.row(r) + (k + j) * step, 0));
     v[j] = load<V>(x);
   }
 }
 
 template <int D>
-static void write_columns(const ColumnPlace<char>& p, int n, int64_t k, int count,
+FLCORE_NOINLINE static void write_columns(const ColumnPlace<char>& p, int n, int64_t k, int count,
                           const typename RowCompute<D>::Vector* v) {
   typedef typename RowCompute<D>::Vector V;
   typedef typename RowCompute<D>::Number T;
   constexpr int WIDTH = Real<V>::WIDTH;
-  if (p.class_stride == 1) return store_rows<D>(p.start, n, k, count, v);
+  if (p.class_stride == 1 && p.even)
+    return store_rows<D>(EvenRows<char>(p.first, p.row_bytes), n, k, count, v);
+  if (p.class_stride == 1) return store_rows<D>(PlacedRows<char>{p.start, 0}, n, k, count, v);
   const int64_t step = p.class_stride * dtype_bytes(D);
   if (p.beside && n == WIDTH) {
-    char* at = p.start[0] + k * step;
+    char* at = p.first + k * step;
     for (int j = 0; j < count; ++j, at += step) {
       if constexpr (D == BF16)
         store(at, __builtin_convertvector((vu32)round_bf16(v[j]) >> 16, vu16h));
@@ -154,8 +165,30 @@ static void write_columns(const ColumnPlace<char>& p, int n, int64_t k, int coun
   for (int j = 0; j < count; ++j) {
     T x[WIDTH];
     store(x, v[j]);
-    for (int r = 0; r < n; ++r) store1<D>(p.start[r] + (k + j) * step, 0, x[r]);
+    for (int r = 0; r < n; ++r) store1<D>(p.row(r) + (k + j) * step, 0, x[r]);
   }
+}
+
+// The same for a storage type known when it runs: float64 for V of float64, else the others.
+FLCORE_INLINE void read_columns(int dtype, const ColumnPlace<const char>& p, int n, int64_t k,
+                                int count, vf32* v) {
+  if (dtype == F32) return read_columns<F32>(p, n, k, count, v);
+  if (dtype == BF16) return read_columns<BF16>(p, n, k, count, v);
+  read_columns<F16>(p, n, k, count, v);
+}
+FLCORE_INLINE void read_columns(int, const ColumnPlace<const char>& p, int n, int64_t k, int count,
+                                vf64* v) {
+  read_columns<F64>(p, n, k, count, v);
+}
+FLCORE_INLINE void write_columns(int dtype, const ColumnPlace<char>& p, int n, int64_t k, int count,
+                                 const vf32* v) {
+  if (dtype == F32) return write_columns<F32>(p, n, k, count, v);
+  if (dtype == BF16) return write_columns<BF16>(p, n, k, count, v);
+  write_columns<F16>(p, n, k, count, v);
+}
+FLCORE_INLINE void write_columns(int, const ColumnPlace<char>& p, int n, int64_t k, int count,
+                                 const vf64* v) {
+  write_columns<F64>(p, n, k, count, v);
 }
 
 }  // namespace FLCORE_ISA

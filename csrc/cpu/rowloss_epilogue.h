@@ -11,8 +11,7 @@ namespace FLCORE_ISA {
 struct RowSums {
   double rest, own;       // R and e_y, multiples of exp(shift)
   double shift;
-  double log_own;         // g_y, for where e_y is too small to divide by
-  double weight, moment;  // sum of u_c and of u_c g_c: the targets outside the comp-sum term
+  double weight, moment;  // sums of u_k and of u_k g_k
 };
 
 // k != y:  dx_k = common pi_k f'_k - scale u_k rho_k
@@ -21,24 +20,28 @@ struct RowFactors {
   double loss, common, own_common, own_rho;
 };
 
-// hard: (1 - eps) w_y, 0 with soft targets. scale: logit scale times upstream gradient.
-static inline RowFactors row_factors(const RowLossArgs& a, const RowSums& s, double hard,
-                                     double scale) {
+// hard: (1 - eps) w_y, 0 with soft targets. scale: logit scale times upstream gradient. log_own():
+// g_y, for where e_y is too small to divide by.
+template <class LogOwn>
+FLCORE_INLINE RowFactors row_factors(const RowLossArgs& a, const RowSums& s, double hard,
+                                     double scale, const LogOwn& log_own) {
   const double total = s.rest + s.own;
   if (!(total > 0 && total < __builtin_inf())) {
     const double nan = __builtin_nan("");
     return RowFactors{nan, nan, nan, nan};
   }
-  const double log_total = s.shift + __builtin_log(total);
-  double loss = s.weight != 0 || s.moment != 0 ? s.weight * log_total - s.moment : 0.0;
+  const double ratio = s.rest / s.own;
+  const bool divides = ratio < __builtin_inf(), spread = s.weight != 0 || s.moment != 0;
+  double log_total = 0;
+  if (spread || a.z_loss != 0 || !divides) log_total = s.shift + __builtin_log(total);
+  double loss = spread ? s.weight * log_total - s.moment : 0.0;
   double slope = s.weight;
   if (a.z_loss != 0) {
     loss += a.z_loss * log_total * log_total;
     slope += 2 * a.z_loss * log_total;
   }
   if (hard != 0) {
-    const double ratio = s.rest / s.own;
-    const double own = ratio < __builtin_inf() ? __builtin_log1p(ratio) : log_total - s.log_own;
+    const double own = divides ? __builtin_log1p(ratio) : log_total - log_own();
     if (a.tau == 1) {
       loss += hard * own;
     } else {

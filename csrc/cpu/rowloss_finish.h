@@ -41,15 +41,26 @@ template <class V>
 FLCORE_INLINE V row_total(const RowEndSums<V>& s) {
   typedef typename Real<V>::T T;
   const V total = s.rest + s.own;
-  return (total > V{}) & (total < T(__builtin_inf())) ? total : splat<V>(T(__builtin_nan("")));
+  return ((total > V{}) & (total < T(__builtin_inf()))) ? total : splat<V>(T(__builtin_nan("")));
 }
 
-// Nothing but the loss of a target: own_common is 0.
-template <class V>
+// Nothing but the loss of a target: own_common is 0. Without LOG_GIVEN log_own is not read, and
+// ln e_y is taken from e_y where it is wanted.
+template <bool LOG_GIVEN, class V>
 FLCORE_INLINE RowEndFactors<V> row_end_plain(const RowEndSums<V>& s, V scale, bool want_loss) {
   const V total = row_total(s), per = scale / total;
   RowEndFactors<V> f;
-  f.loss = want_loss ? row_gap(s, total) + total * 0 : V{};
+  f.loss = V{};
+  if (want_loss) {
+    const V ratio = s.rest / s.own;
+    f.loss = row_log1p(ratio);
+    const typename Real<V>::I far = ratio > row_ratio_limit<V>();
+    if (any_lane(far)) {
+      const V gap = row_log(total) - (LOG_GIVEN ? s.log_own : row_log(s.own));
+      f.loss = far ? gap : f.loss;
+    }
+    f.loss += total * 0;
+  }
   f.common = per;
   f.own_common = V{};
   f.own_rho = s.rest * per;

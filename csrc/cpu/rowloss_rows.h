@@ -1,6 +1,6 @@
 // Rows whose classes lie side by side, one row after the other or all threads on one row.
 //   both       Reads block by block; f' of the row stays in cache, and is scaled and written while the
-//              next row is read (rowloss_step.h): 2 b bytes a logit, one exponential or division.
+//              next row is read (block_pass): 2 b bytes a logit, one exponential or division.
 //              In cache the row is too large for (KEPT_BYTES), or with targets outside the comp-sum
 //              term, f' is formed again from x: for long rows 3 b bytes.
 //   forward    b bytes, backward 2 b.
@@ -36,99 +36,113 @@ FLCORE_INLINE int64_t kept_bytes(const RowLossArgs& a) {
 
 // Bytes that one thread needs.
 static int64_t rows_scratch(const RowLossArgs& a) {
-  return whole_lines(kept_bytes(a)) + whole_lines(row_blocks(a) * int64_t(sizeof(RowPart<double>))) +
-         whole_lines(row_blocks(a) * 8);
+  const int64_t blocks = row_blocks(a);
+  return whole_lines(kept_bytes(a)) + whole_lines(blocks * int64_t(sizeof(RowPart<double>))) +
+         whole_lines((blocks + 1) * 8) + whole_lines(blocks * 8);
 }
 
-template <int D, int MAP, int FORM>
+template <int D>
 class RowVisitor {
   typedef typename RowCompute<D>::Number T;
-  typedef RowReader<D, MAP, FORM> R;
-  static constexpr bool EXP = MAP == ROW_SOFTMAX;
+  static constexpr int C = D == F64 ? F64 : F32;  // compute type
   static constexpr double INF = __builtin_inf();
 
   const RowLossArgs& a_;
   const RowAccess<D> at_;
+  const bool exp_, plain_;
+  const RowKernels<C> kernels_;
+  const RowFused<D> fused_;
   const int64_t blocks_;
+  const double spread_;
   T* const kept_;
   RowPart<T>* const parts_;
-  T* const factors_;  // of the row that is written, for each block
+  double* const powers_;  // exp of (the target's logit, then each block's shift) - m
+  T* const factors_;      // of the row that is written, for each block
   const bool stream_;
 
-  // What is known of a row once its sums are.
+  // A row, and what is known of it once its sums are.
   struct Row {
-    int64_t i;
-    double target;  // gradient entry of the target
-    double shift, common, spread;
+    int64_t i, y;
+    const char* x;
+    char* grad;
+    T scale;
+    double upstream;             // times the logit scale
+    double shift, common, own;   // own: the gradient's entry of the target
+    RowTerms<T> term;            // of the target
+    double f, rho;               // of the target, f with the prior, a multiple of exp(shift)
   };
 
  public:
   RowVisitor(const RowLossArgs& a, char* scratch)
       : a_(a),
         at_(a),
+        exp_(a.map == ROW_SOFTMAX),
+        plain_(!a.soft && a.smoothing == 0 && !a.prior && a.margin == 0 && a.logit_scale == 1 &&
+               !a.row_scale),
+        kernels_(a.soft || a.smoothing != 0 ? row_kernels<C, ROW_SPREAD>(a.map)
+                                            : row_kernels<C, ROW_AFFINE>(a.map)),
+        fused_(row_fused<D>(a, plain_)),
         blocks_(row_blocks(a)),
+        spread_(a.smoothing != 0 ? a.smoothing / a.classes_present : 0.0),
         kept_(kept_bytes(a) ? reinterpret_cast<T*>(scratch) : nullptr),
         parts_(reinterpret_cast<RowPart<T>*>(scratch + whole_lines(kept_bytes(a)))),
-        factors_(reinterpret_cast<T*>(
+        powers_(reinterpret_cast<double*>(
             reinterpret_cast<char*>(parts_) +
             whole_lines(blocks_ * int64_t(sizeof(RowPart<double>))))),
+        factors_(reinterpret_cast<T*>(reinterpret_cast<char*>(powers_) +
+                                      whole_lines((blocks_ + 1) * 8))),
         stream_(a.grad && a.grad != a.x &&
                 a.rows * a.classes * dtype_bytes(a.dtype) >= STREAM_BYTES) {}
 
   void forward(int64_t first, int64_t end) const {
     for (int64_t i = first; i < end; ++i) {
+      Row row = start(i);
       if (!at_.counts(i)) {
         at_.write(i, 0, 0, 0, 0);
         continue;
       }
-      for (int64_t b = 0; b < blocks_; ++b) sums(i, b);
-      finish(i, join(i), true);
+      for (int64_t b = 0; b < blocks_; ++b) sums(row, b);
+      finish(row, join(row), true);
     }
   }
 
   void both(int64_t first, int64_t end) const {
-    if (FORM == ROW_SPREAD || !kept_) {
-      for (int64_t i = first; i < end; ++i) {
-        if (!at_.counts(i)) {
-          ignore(i);
-          continue;
-        }
-        for (int64_t b = 0; b < blocks_; ++b) sums(i, b);
-        const Row row = finish(i, join(i), true);
-        for (int64_t b = 0; b < blocks_; ++b) gradient(row, b);
-        write_target(row);
+    Row last{};
+    bool waiting = false;
+    for (int64_t i = first; i < end; ++i) {
+      Row row = start(i);
+      if (!at_.counts(i)) {
+        at_.write(i, 0, 0, 0, 0);
+        zero(row);
+        continue;
       }
-    } else {
-      Row last{};
-      bool waiting = false;
-      for (int64_t i = first; i < end; ++i) {
-        if (!at_.counts(i)) {
-          ignore(i);
-          continue;
-        }
-        for (int64_t b = 0; b < blocks_; ++b) step(i, b, waiting ? &last : nullptr);
-        if (waiting) write_target(last);
-        last = finish(i, join(i), true);
-        block_factors(last, 0, blocks_);
+      if (kept_) {
+        for (int64_t b = 0; b < blocks_; ++b) step(row, b, waiting ? &last : nullptr);
+        finish(row, join(row), true);
+        for (int64_t b = 0; b < blocks_; ++b) block_factor(row, b);
+        last = row;
         waiting = true;
+      } else {
+        for (int64_t b = 0; b < blocks_; ++b) sums(row, b);
+        finish(row, join(row), true);
+        for (int64_t b = 0; b < blocks_; ++b) gradient(row, b);
       }
-      if (waiting) {
-        for (int64_t b = 0; b < blocks_; ++b) write_kept(last, b);
-        write_target(last);
-      }
+    }
+    if (waiting) {
+      for (int64_t b = 0; b < blocks_; ++b) write_kept(last, b);
     }
     if (stream_) row_stream_end();
   }
 
   void backward(int64_t first, int64_t end) const {
     for (int64_t i = first; i < end; ++i) {
+      Row row = start(i);
       if (!at_.counts(i)) {
-        zero(i);
+        zero(row);
         continue;
       }
-      const Row row = from_stats(i);
+      from_stats(row);
       for (int64_t b = 0; b < blocks_; ++b) gradient(row, b);
-      write_target(row);
     }
     if (stream_) row_stream_end();
   }
@@ -136,253 +150,271 @@ class RowVisitor {
   // All threads on one row after the other.
   void split(int mode) const {
     for (int64_t i = 0; i < a_.rows; ++i) {
+      Row row = start(i);
       if (!at_.counts(i)) {
-        if (mode != 2) at_.write(i, 0, 0, 0, 0);
-        if (mode != 0) zero(i);
+        if (mode != ROW_BACKWARD) at_.write(i, 0, 0, 0, 0);
+        if (mode != ROW_FORWARD) zero(row);
         continue;
       }
-      const bool keep = FORM != ROW_SPREAD && kept_ && mode == 1;
-      if (mode != 2)
+      const bool keep = kept_ && mode == ROW_BOTH;
+      if (mode == ROW_BACKWARD) {
+        from_stats(row);
+      } else {
         for_chunks(blocks_, a_.threads, [&](int64_t b) {
           if (keep)
-            step(i, b, nullptr);
+            step(row, b, nullptr);
           else
-            sums(i, b);
+            sums(row, b);
         });
-      const Row row = mode == 2 ? from_stats(i) : finish(i, join(i), true);
-      if (mode == 0) continue;
-      if (keep) block_factors(row, 0, blocks_);
+        finish(row, join(row), true);
+      }
+      if (mode == ROW_FORWARD) continue;
       for_chunks(blocks_, a_.threads, [&](int64_t b) {
-        if (keep)
+        if (keep) {
+          block_factor(row, b);
           write_kept(row, b);
-        else
+        } else {
           gradient(row, b);
+        }
         if (stream_) row_stream_end();
       });
-      write_target(row);
     }
   }
 
  private:
-  const char* x_at(int64_t i, int64_t k) const {
-    return static_cast<const char*>(a_.x) + at_.x(i, k) * dtype_bytes(D);
-  }
-  char* grad_at(int64_t i, int64_t k) const {
-    return static_cast<char*>(a_.grad) + at_.grad(i, k) * dtype_bytes(D);
+  Row start(int64_t i) const {
+    const double t = at_.scale(i);
+    char* const grad = a_.grad ? at_.grad(i) : nullptr;
+    if (stream_) __builtin_prefetch(grad + a_.classes * dtype_bytes(D) - 1, 1);  // part of a line
+    return Row{i, at_.target(i), at_.x(i), grad, T(t), t * at_.upstream(i), 0, 0, 0, {}, 0, 0};
   }
   int64_t size(int64_t b) const {
     const int64_t rest = a_.classes - b * ROW_BLOCK;
     return rest < ROW_BLOCK ? rest : ROW_BLOCK;
   }
-
-  RowBlock<D> block(int64_t i, int64_t b) const {
-    const int64_t k = b * ROW_BLOCK, n = size(b), y = at_.target(i);
+  // Block b of a row, of logits (and soft targets) at x.
+  template <int S>
+  RowBlock<S> block(const Row& row, int64_t b, const char* x, const char* soft) const {
+    const int64_t k = b * ROW_BLOCK, n = size(b);
     const T* prior = static_cast<const T*>(a_.prior);
     const T* weight = static_cast<const T*>(a_.weight);
-    const double spread = a_.smoothing != 0 ? a_.smoothing / a_.classes_present : 0.0;
-    return RowBlock<D>{
-        x_at(i, k),
-        n,
-        y >= k && y < k + n ? y - k : -1,
-        T(at_.scale(i)),
-        T(a_.labels ? a_.margin : 0.0),
-        prior ? prior + k : nullptr,
-        weight ? weight + k : nullptr,
-        a_.soft ? static_cast<const char*>(a_.soft) + (i * a_.classes + k) * dtype_bytes(D) : nullptr,
-        T(1 - a_.smoothing),
-        T(spread),
-        nullptr};
+    return RowBlock<S>{x,
+                       n,
+                       row.y >= k && row.y < k + n ? row.y - k : -1,
+                       row.scale,
+                       T(a_.labels ? a_.margin : 0.0),
+                       prior ? prior + k : nullptr,
+                       weight ? weight + k : nullptr,
+                       soft,
+                       T(1 - a_.smoothing),
+                       T(spread_),
+                       S == D ? ahead(row, b) : x};
+  }
+  const char* soft(const Row& row, int64_t k) const {
+    if (!a_.soft) return nullptr;
+    return static_cast<const char*>(a_.soft) + (row.i * a_.classes + k) * dtype_bytes(D);
+  }
+  // What is read after this block.
+  const char* ahead(const Row& row, int64_t b) const {
+    if (b + 1 < blocks_) return row.x + (b + 1) * ROW_BLOCK * dtype_bytes(D);
+    return row.i + 1 < a_.rows ? at_.x(row.i + 1) : row.x;
+  }
+  RowBlock<D> stored(const Row& row, int64_t b) const {
+    const int64_t k = b * ROW_BLOCK;
+    return block<D>(row, b, row.x + k * dtype_bytes(D), soft(row, k));
+  }
+  // body(block) with a block of the compute type
+  template <class Body>
+  void computed(const Row& row, int64_t b, const Body& body) const {
+    if constexpr (C == D) {
+      body(stored(row, b));
+    } else {
+      alignas(64) T x[ROW_BLOCK], q[ROW_BLOCK];
+      const int64_t k = b * ROW_BLOCK, n = size(b);
+      row_floats<D>(row.x + k * dtype_bytes(D), ahead(row, b), n, x);
+      const char* from = soft(row, k);
+      if (from) row_floats<D>(from, from, n, q);
+      body(block<C>(row, b, reinterpret_cast<const char*>(x),
+                    from ? reinterpret_cast<const char*>(q) : nullptr));
+    }
   }
 
   // ---- sums ------------------------------------------------------------------------------------
 
-  void sums(int64_t i, int64_t b) const {
-    const RowBlock<D> block = this->block(i, b);
-    block_shift<D, MAP, FORM>(block, parts_[b]);
-    block_sums<D, MAP, FORM>(block, parts_[b]);
+  void sums(const Row& row, int64_t b) const {
+    computed(row, b, [&](const RowBlock<C>& block) {
+      kernels_.sums(block, parts_[b], nullptr, nullptr);
+    });
   }
 
-  void step(int64_t i, int64_t b, const Row* last) const {
-    RowBlock<D> block = this->block(i, b);
-    if (EXP)  // whose largest value is looked for first, when nothing is written
-      block.ahead = b + 1 < blocks_ ? x_at(i, (b + 1) * ROW_BLOCK)
-                    : i + 1 < a_.rows ? x_at(i + 1, 0)
-                                      : nullptr;
-    block_shift<D, MAP, FORM>(block, parts_[b]);
+  // Reads a block, keeping f', after or while writing that of the row before.
+  void step(const Row& row, int64_t b, const Row* last) const {
+    RowWriter<D> writer{};
     T* const kept = kept_ + b * ROW_BLOCK;
-    if constexpr (FORM != ROW_SPREAD) {
-      if (last) {
-        RowWriter<D> writer;
-        writer.start(kept, factors_[b], grad_at(last->i, b * ROW_BLOCK), block.n, stream_);
-        block_step<D, MAP, FORM, true>(block, parts_[b], kept, &writer);
-      } else {
-        block_step<D, MAP, FORM, false>(block, parts_[b], kept, nullptr);
-      }
-    }
-  }
-
-  // exp(c + n ln 2 - m)
-  static double factor(T c, T n, double m) {
-    return row_exp_full((double(c) - m) + double(n) * 0x1.62e42fefa39efp-1);
-  }
-
-  RowTerms<T> own_term(int64_t i, int64_t y) const { return R::term(block(i, 0), y, true); }
-
-  // f, f', rho and g of the target, prior included; f and f' are multiples of exp(shift).
-  struct Own {
-    double f, slope, rho, log, u;
-  };
-  Own own(int64_t i, double shift) const {
-    const int64_t y = at_.target(i);
-    Own own{0, 0, 0, 0, 0};
-    if (y < 0) return own;
-    const RowTerms<T> t = own_term(i, y);
-    const vf64 z = splat<vf64>(double(t.z));
-    own.rho = row_rho<MAP>(z)[0];
-    own.log = row_log_map<MAP>(z)[0];
-    own.u = double(t.u);
-    if constexpr (EXP) {
-      own.f = own.slope = row_exp_full(double(t.z) - shift);
+    if (last) start_writer(*last, b, kept, factors_[b], writer);
+    if (fused_) {
+      fused_(stored(row, b), parts_[b], kept, &writer);
     } else {
-      vf64 f, d;
-      row_map<MAP>(z, vf64{}, vf64{}, f, d);
-      own.f = f[0], own.slope = d[0];
-      if (FORM != ROW_PLAIN && a_.prior) {
-        own.f *= double(t.prior);
-        own.slope *= double(t.prior);
-        own.log += row_log(double(t.prior));
-      }
+      writer.finish();
+      computed(row, b, [&](const RowBlock<C>& block) {
+        kernels_.sums(block, parts_[b], kept, nullptr);
+      });
     }
-    return own;
   }
 
-  RowSums join(int64_t i) const {
-    RowSums s{};
-    if (EXP) {
-      T m = T(-INF);
-      for (int64_t b = 0; b < blocks_; ++b) m = parts_[b].m > m ? parts_[b].m : m;
-      const int64_t y = at_.target(i);
-      if (y >= 0) {
-        const T z = own_term(i, y).z;
-        m = z > m ? z : m;
-      }
-      s.shift = double(m);
+  static double exponent(T c, T n, double m) {  // exp of it: exp(c + n ln 2 - m)
+    return (double(c) - m) + double(n) * 0x1.62e42fefa39efp-1;
+  }
+
+  double log_own(const Row& row) const {
+    const vf64 z = splat<vf64>(double(row.term.z));
+    if (exp_) return double(row.term.z);
+    const vf64 g = a_.map == ROW_STABLEMAX ? row_log_map<ROW_STABLEMAX>(z) : row_log_map<ROW_TAYLOR>(z);
+    return g[0] + (a_.prior ? row_log(double(row.term.prior)) : 0.0);
+  }
+
+  // The target's terms; softmax: its logit - m in powers[0].
+  void own_terms(Row& row) const {
+    row.term = RowTerms<T>{T(-INF), T(0), T(0)};
+    if (row.y >= 0) row.term = row_term<D>(stored(row, 0), row.y, T(0), exp_);
+  }
+  void own_values(Row& row) const {
+    const double z = double(row.term.z), prior = double(row.term.prior);
+    row.f = row.rho = 0;
+    if (z == -INF) return;
+    if (exp_) {
+      row.f = powers_[0];
+      row.rho = 1;
+    } else if (a_.map == ROW_STABLEMAX) {
+      const double a = 1 + (z < 0 ? -z : z);
+      row.rho = 1 / a;
+      row.f = (z >= 0 ? a : row.rho) * prior;
+    } else {
+      row.f = ((z + 1) * (z + 1) + 1) * 0.5;
+      row.rho = (z + 1) / row.f;
+      row.f *= prior;
     }
-    const Own mine = own(i, s.shift);
+  }
+
+  // From the sums of the blocks to those of the row.
+  RowSums join(Row& row) const {
+    RowSums s{};
+    own_terms(row);
+    if (exp_) {
+      T m = row.term.z > T(-INF) ? row.term.z : T(-INF);
+      for (int64_t b = 0; b < blocks_; ++b) m = parts_[b].m > m ? parts_[b].m : m;
+      s.shift = double(m);
+      powers_[0] = double(row.term.z) - s.shift;
+      for (int64_t b = 0; b < blocks_; ++b)
+        powers_[b + 1] = exponent(parts_[b].c, parts_[b].n, s.shift);
+      for (int64_t b = 0; b <= blocks_; b += LANES64)
+        store(powers_ + b, row_exp_full(load<vf64>(powers_ + b)));
+    }
+    own_values(row);
     for (int64_t b = 0; b < blocks_; ++b) {
       const RowPart<T>& part = parts_[b];
-      s.rest += EXP && part.sum != 0 ? part.sum * factor(part.c, part.n, s.shift) : part.sum;
+      s.rest += exp_ && part.sum != 0 ? part.sum * powers_[b + 1] : part.sum;
       s.weight += part.weight;
       s.moment += part.moment;
     }
-    s.own = mine.f;
-    s.log_own = mine.log;
-    s.weight += mine.u;
-    if (mine.u != 0) s.moment += mine.u * mine.log;
+    s.own = row.f;
+    if (row.y >= 0 && row.term.u != 0) {
+      s.weight += double(row.term.u);
+      s.moment += double(row.term.u) * log_own(row);
+    }
     return s;
   }
 
-  Row from_stats(int64_t i) const {
+  void from_stats(Row& row) const {
     RowSums s{};
-    s.rest = at_.number(a_.rest, i);
-    s.own = at_.number(a_.own, i);
-    s.shift = EXP ? at_.number(a_.shift, i) : 0.0;
-    s.log_own = own(i, s.shift).log;
-    if (FORM == ROW_SPREAD && a_.soft)
+    s.rest = at_.number(a_.rest, row.i);
+    s.own = at_.number(a_.own, row.i);
+    s.shift = exp_ ? at_.number(a_.shift, row.i) : 0.0;
+    if (a_.soft)
       for (int64_t b = 0; b < blocks_; ++b) {
-        RowPart<T> part{};
-        block_sums<D, MAP, FORM>(block(i, b), part);
-        s.weight += part.weight;
+        sums(row, b);
+        s.weight += parts_[b].weight;
       }
-    return finish(i, s, false);
+    else if (a_.smoothing != 0)
+      s.weight = a_.smoothing * a_.weight_sum / a_.classes_present;
+    own_terms(row);
+    if (exp_) powers_[0] = row_exp_full(double(row.term.z) - s.shift);
+    own_values(row);
+    finish(row, s, false);
   }
 
-  Row finish(int64_t i, RowSums s, bool write) const {
-    if (FORM == ROW_SPREAD && !a_.soft && !write)
-      s.weight = a_.smoothing * a_.weight_sum / a_.classes_present;
-    const double scale = at_.scale(i) * at_.upstream(i);
-    const RowFactors f = row_factors(a_, s, at_.hard(at_.target(i)), scale);
-    if (write) at_.write(i, f.loss, s.rest, s.own, s.shift);
-    const Own mine = own(i, s.shift);
-    const double target = f.own_common * mine.slope - (f.own_rho + scale * mine.u) * mine.rho;
-    return Row{i, mine.rho == 0 && f.common == f.common ? 0.0 : target, s.shift, f.common, scale};
+  void finish(Row& row, const RowSums& s, bool write) const {
+    const RowFactors f = row_factors(a_, s, at_.hard(row.y), row.upstream,
+                                     [&] { return row.y >= 0 ? log_own(row) : -INF; });
+    if (write) at_.write(row.i, f.loss, s.rest, s.own, s.shift);
+    row.shift = s.shift;
+    row.common = f.common;
+    row.own = f.own_common * row.f * row.rho -
+              (f.own_rho + row.upstream * double(row.term.u)) * row.rho;
+    if (row.rho == 0 && f.common == f.common) row.own = 0;  // a masked class, whatever the loss
   }
 
   // ---- gradients -------------------------------------------------------------------------------
 
-  void block_factors(const Row& row, int64_t first, int64_t end) const {
-    for (int64_t b = first; b < end; ++b)
-      factors_[b] = T(EXP ? row.common * factor(parts_[b].c, parts_[b].n, row.shift) : row.common);
+  void block_factor(const Row& row, int64_t b) const {
+    double by = row.common;
+    if (exp_) {
+      const RowPart<T>& part = parts_[b];
+      by *= powers_[b + 1];
+      // large exponentials that were not shifted: by alone would underflow
+      if ((by < 0 ? -by : by) < 0x1p-100 && part.c == 0 && part.n == 0 && part.m > 4) {
+        for (int64_t k = 0; k < size(b); ++k) kept_[b * ROW_BLOCK + k] *= T(0x1p-48);
+        by *= 0x1p48;
+      }
+    }
+    factors_[b] = T(by);
   }
 
+  // Writes block b of a row from `values`.
+  void start_writer(const Row& row, int64_t b, const T* values, T by, RowWriter<D>& writer) const {
+    const int64_t k = b * ROW_BLOCK, n = size(b);
+    writer.start(values, by, row.grad + k * dtype_bytes(D), n, stream_,
+                 row.y >= k && row.y < k + n ? row.y - k : -1, T(row.own));
+  }
   void write_kept(const Row& row, int64_t b) const {
     RowWriter<D> writer;
-    writer.start(kept_ + b * ROW_BLOCK, factors_[b], grad_at(row.i, b * ROW_BLOCK), size(b), stream_);
-    writer.until(writer.n);
+    start_writer(row, b, kept_ + b * ROW_BLOCK, factors_[b], writer);
+    writer.finish();
   }
 
   void gradient(const Row& row, int64_t b) const {
+    alignas(64) T entries[ROW_BLOCK];
     T c = 0, n = 0;
     double common = row.common;
-    if (EXP) {
-      row_shift(T(row.shift), c, n);
-      common *= factor(c, n, row.shift);
+    if (exp_) {
+      block_shift(T(row.shift), c, n);
+      common *= row_exp_full(exponent(c, n, row.shift));
     }
-    alignas(64) T entries[ROW_BLOCK];
-    block_gradient<D, MAP, FORM>(block(row.i, b), c, n, T(common), T(row.spread), entries);
+    computed(row, b, [&](const RowBlock<C>& block) {
+      kernels_.gradient(block, c, n, T(common), T(row.upstream), entries);
+    });
     RowWriter<D> writer;
-    writer.start(entries, T(1), grad_at(row.i, b * ROW_BLOCK), size(b), stream_);
-    writer.until(writer.n);
+    start_writer(row, b, entries, T(1), writer);
+    writer.finish();
   }
 
-  void write_target(const Row& row) const {
-    const int64_t y = at_.target(row.i);
-    if (y >= 0) store1<D>(grad_at(row.i, y), 0, row.target);
-  }
-
-  void zero(int64_t i) const {
-    __builtin_memset(grad_at(i, 0), 0, size_t(a_.classes * dtype_bytes(D)));
-  }
-  void ignore(int64_t i) const {
-    at_.write(i, 0, 0, 0, 0);
-    zero(i);
+  void zero(const Row& row) const {
+    __builtin_memset(row.grad, 0, size_t(a_.classes * dtype_bytes(D)));
   }
 };
-
-// ---- choice of the form --------------------------------------------------------------------------
-
-template <int D, int MAP, int FORM>
-static void rows_visit(const RowLossArgs& a, int mode, int64_t first, int64_t end, char* scratch) {
-  const RowVisitor<D, MAP, FORM> visitor(a, scratch);
-  if (first < 0)
-    visitor.split(mode);
-  else if (mode == 0)
-    visitor.forward(first, end);
-  else if (mode == 1)
-    visitor.both(first, end);
-  else
-    visitor.backward(first, end);
-}
-
-template <int D, int MAP>
-static void rows_visit(const RowLossArgs& a, int mode, int64_t first, int64_t end, char* scratch) {
-  if (a.soft || a.smoothing != 0)
-    rows_visit<D, MAP, ROW_SPREAD>(a, mode, first, end, scratch);
-  else if (a.prior || a.margin != 0 || a.logit_scale != 1 || a.row_scale)
-    rows_visit<D, MAP, ROW_AFFINE>(a, mode, first, end, scratch);
-  else
-    rows_visit<D, MAP, ROW_PLAIN>(a, mode, first, end, scratch);
-}
 
 // Rows first to end - 1; first = -1: all rows, each by all threads.
 template <int D>
 static void rows_visit(const RowLossArgs& a, int mode, int64_t first, int64_t end, char* scratch) {
-  if (a.map == ROW_SOFTMAX)
-    rows_visit<D, ROW_SOFTMAX>(a, mode, first, end, scratch);
-  else if (a.map == ROW_STABLEMAX)
-    rows_visit<D, ROW_STABLEMAX>(a, mode, first, end, scratch);
+  const RowVisitor<D> visitor(a, scratch);
+  if (first < 0)
+    visitor.split(mode);
+  else if (mode == ROW_FORWARD)
+    visitor.forward(first, end);
+  else if (mode == ROW_BOTH)
+    visitor.both(first, end);
   else
-    rows_visit<D, ROW_TAYLOR>(a, mode, first, end, scratch);
+    visitor.backward(first, end);
 }
 
 }  // namespace FLCORE_ISA

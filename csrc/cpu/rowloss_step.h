@@ -1,109 +1,185 @@
-// One step of the pipeline of rowloss_rows.h: a block of one row is read and its f' is kept, while
-// the same block of the row before, of which f' was kept and whose sums are known, is written.
-// So memory is read and written at the same time, and every element is mapped once.
+// Blocks of classes: their sums, with f' kept for later, and gradients.
+//
+// Class k of a block goes to lane k % ROW_GROUP; lanes are added up in float32 as far as 16 (8 in
+// float64) and in float64 from there: an order that neither the level nor the threads change.
+//
+// The exponentials of softmax are first taken without a shift. They are good if the block's largest
+// logit, found on the way, is of moderate size; otherwise the block is done again, shifted by it.
 #pragma once
 
 #include "api.h"
 #include "cpu/isa.h"
 #include "cpu/rowloss_blocks.h"
 #include "cpu/rowloss_store.h"
+#include "cpu/rowmap.h"
 #include "cpu/vec.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
 
-// Writes factor * kept to a block of the gradient, in pieces: some entries up to a cache line, whole
-// groups, the rest.
-template <int D>
-struct RowWriter {
-  typedef typename RowCompute<D>::Number T;
-  typedef typename RowCompute<D>::Vector V;
-  static constexpr int WIDTH = int(sizeof(V) / sizeof(T)), GROUP = ROW_GROUP<T>;
-  const T* kept;
-  T factor;
-  void* grad;
-  int64_t n, at;
-  bool stream;
-
-  void start(const T* from, T by, void* to, int64_t count, bool past_caches) {
-    kept = from, factor = by, grad = to, n = count, at = 0;
-    const int64_t peel = past_caches ? row_peel<D>(grad) : -1;
-    stream = peel >= 0;
-    if (peel > 0) some(peel < n ? peel : n);
-  }
-  void some(int64_t end) {
-    for (; at < end; ++at) store1<D>(grad, at, kept[at] * factor);
-  }
-  FLCORE_MEMBER void group() {
-    const V by = splat<V>(factor);
-    if (stream)
-      unroll<GROUP / WIDTH>([&](auto i) FLCORE_LAMBDA {
-        const int64_t k = at + i.value * WIDTH;
-        row_stream<D>(grad, k, load<V>(kept + k) * by);
-      });
-    else
-      unroll<GROUP / WIDTH>([&](auto i) FLCORE_LAMBDA {
-        const int64_t k = at + i.value * WIDTH;
-        row_store<D>(grad, k, load<V>(kept + k) * by);
-      });
-    at += GROUP;
-  }
-  // at least the entries below `end`
-  FLCORE_MEMBER void until(int64_t end) {
-    while (at < end && at < n)
-      if (at + GROUP <= n)
-        group();
-      else
-        some(n);
-  }
+// What is known of a block: its sums, of which those of softmax are multiples of 2^n exp(c), and its
+// largest logit m.
+template <class T>
+struct RowPart {
+  double sum, weight, moment;  // of e, u and u g without the target's
+  T m, c, n;
 };
 
-// WRITE: w is a block of the row before, whose kept values the new ones replace.
-template <int D, int MAP, int FORM, bool WRITE>
-__attribute__((noinline)) static void block_step(
+// Shift of exponentials up to exp(m): none while they stay within exp(-8) and exp(40), so that all
+// down to exp(-79) of the largest are normal numbers and a sum of them is finite.
+template <class T>
+FLCORE_INLINE void block_shift(T m, T& c, T& n) {
+  c = n = 0;
+  if (!(m >= -8 && m <= 40)) row_shift(m, c, n);
+}
+
+// Lane sums into one float64.
+template <class V>
+__attribute__((noinline)) static double lane_total(V* acc) {
+  typedef typename Real<V>::T T;
+  constexpr int WIDTH = Real<V>::WIDTH, KEPT = sizeof(T) == 4 ? 16 : 8;
+#pragma GCC unroll 8
+  for (int h = ROW_GROUP<T> / WIDTH / 2; h * WIDTH >= KEPT; h /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < h; ++i) acc[i] += acc[i + h];
+  T lanes[KEPT];
+#pragma GCC unroll 8
+  for (int i = 0; i < KEPT / WIDTH; ++i) store(lanes + i * WIDTH, acc[i]);
+  double sum[KEPT];
+#pragma GCC unroll 16
+  for (int l = 0; l < KEPT; ++l) sum[l] = double(lanes[l]);
+#pragma GCC unroll 4
+  for (int h = KEPT / 2; h; h /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < h; ++l) sum[l] += sum[l + h];
+  return sum[0];
+}
+
+// Sums of a block; f' goes to `kept` unless that is null. SHIFTED: m, c and n are given; else softmax
+// looks for m. W: a writer (FUSED, and D its dtype) that writes what stood in `kept` before.
+template <int D, int MAP, int FORM, bool SHIFTED, bool FUSED>
+__attribute__((noinline)) static void block_pass(
     const RowBlock<D>& b, RowPart<typename RowCompute<D>::Number>& part,
     typename RowCompute<D>::Number* kept, RowWriter<D>* writer) {
   typedef RowReader<D, MAP, FORM> R;
   typedef typename R::V V;
-  constexpr int VECTORS = R::GROUP / R::WIDTH;
-  V sum[VECTORS] = {};
-  const V c = splat<V>(part.c), n = splat<V>(part.n);
+  constexpr bool SEARCH = R::EXP && !SHIFTED, SPREAD = FORM == ROW_SPREAD;
+  V sum[R::VECTORS] = {}, weight[SPREAD ? R::VECTORS : 1] = {}, moment[SPREAD ? R::VECTORS : 1] = {};
+  V most[R::PACK];
+#pragma GCC unroll 4
+  for (int i = 0; i < R::PACK; ++i) most[i] = splat<V>(-R::INF);
+  const V c = splat<V>(part.c), n = splat<V>(part.n), m = splat<V>(part.m);
   RowWriter<D> w{};
-  if constexpr (WRITE) w = *writer;
-  const auto keep = [&](const RowTerms<V>(&t)[R::PACK], auto pack, int64_t k) FLCORE_LAMBDA {
-    V f[R::PACK], d[R::PACK];
-    R::map(b, t, c, n, f, d);
-    unroll<R::PACK>([&](auto i) FLCORE_LAMBDA {
-      constexpr int at = pack.value * R::PACK + i.value;
-      sum[at] += f[i.value];
-      store(kept + k + at * R::WIDTH, d[i.value]);
-    });
-  };
-  R::each_whole(b, [&](int64_t k) FLCORE_LAMBDA {
-    if constexpr (WRITE)
-      w.until(k + R::GROUP);
-    if (b.ahead)
-      unroll<int(R::GROUP * dtype_bytes(D) / 64)>([&](auto j) FLCORE_LAMBDA {
-        __builtin_prefetch(b.ahead + k * dtype_bytes(D) + 64 * j.value, 0, 2);
+  if constexpr (FUSED) w = *writer;
+  R::each(
+      b, b.hole,
+      [&](int64_t k) FLCORE_LAMBDA {
+        if constexpr (FUSED) w.until(k + R::GROUP);
+        (void)k;
+      },
+      [&](const RowTerms<V>(&t)[R::PACK], int64_t k, int first) FLCORE_LAMBDA {
+        V f[R::PACK], d[R::PACK];
+        R::template map<SHIFTED>(b, t, c, n, f, d);
+#pragma GCC unroll 4
+        for (int i = 0; i < R::PACK; ++i) {
+          sum[first + i] += f[i];
+          if (FUSED || kept) store(kept + k + (first + i) * R::WIDTH, d[i]);
+          if constexpr (SEARCH) most[i] = vmax(t[i].z, most[i]);
+          if constexpr (SPREAD) {
+            weight[first + i] += t[i].u;
+            moment[first + i] += R::moment(b, t[i], m);
+          }
+        }
       });
-    unroll<R::PACKS>([&](auto pack) FLCORE_LAMBDA {
-      RowTerms<V> t[R::PACK];
-      R::terms(b, k + pack.value * R::PACK * R::WIDTH, t);
-      keep(t, pack, k);
-    });
-  });
-  if constexpr (WRITE) w.until(w.n);
-  R::each_odd(b, [&](int64_t k) FLCORE_LAMBDA {
-    typename R::Odd odd;
-    R::odd_group(b, k, b.n, b.hole, odd);
-    unroll<R::PACKS>([&](auto pack) FLCORE_LAMBDA {
-      RowTerms<V> t[R::PACK];
-      odd.terms(pack.value * R::PACK * R::WIDTH, t);
-      keep(t, pack, k);
-    });
-  });
+  if constexpr (FUSED) w.until(w.n);
   part.sum = lane_total(sum);
   part.weight = part.moment = 0;
+  if constexpr (SPREAD) {
+    part.weight = lane_total(weight);
+    part.moment = lane_total(moment) + part.weight * double(part.m);
+  }
+  if constexpr (SEARCH) {
+    V all = most[0];
+    for (int i = 1; i < R::PACK; ++i) all = vmax(all, most[i]);
+    part.m = all[0];
+    for (int l = 1; l < R::WIDTH; ++l) part.m = all[l] > part.m ? all[l] : part.m;
+  }
+}
+
+// The whole of a block's sums.
+template <int D, int MAP, int FORM, bool FUSED>
+static void block_sums(const RowBlock<D>& b, RowPart<typename RowCompute<D>::Number>& part,
+                       typename RowCompute<D>::Number* kept, RowWriter<D>* writer) {
+  part.m = part.c = part.n = 0;
+  block_pass<D, MAP, FORM, false, FUSED>(b, part, kept, writer);
+  if constexpr (MAP == ROW_SOFTMAX) {
+    // -inf: no class that counts, or NaN alone
+    if (part.m > -__builtin_inf()) block_shift(part.m, part.c, part.n);
+    // sums of u (g - m) are the more exact the smaller g - m is
+    const bool far = FORM == ROW_SPREAD && part.m > -__builtin_inf() && !(part.m >= -8 && part.m <= 8);
+    if (far || part.c != 0 || part.n != 0)
+      block_pass<D, MAP, FORM, true, false>(b, part, kept, nullptr);
+  }
+}
+
+// The gradient of a block from its logits into `entries`: common f' - spread u rho, where the
+// target's entry is not its own one yet. Whole groups are written.
+template <int D, int MAP, int FORM>
+__attribute__((noinline)) static void block_gradient(
+    const RowBlock<D>& b, typename RowCompute<D>::Number c, typename RowCompute<D>::Number n,
+    typename RowCompute<D>::Number common, typename RowCompute<D>::Number spread,
+    typename RowCompute<D>::Number* entries) {
+  typedef RowReader<D, MAP, FORM> R;
+  typedef typename R::V V;
+  const V cs = splat<V>(c), ns = splat<V>(n);
+  R::each(
+      b, -1, [](int64_t) FLCORE_LAMBDA {},
+      [&](const RowTerms<V>(&t)[R::PACK], int64_t k, int first) FLCORE_LAMBDA {
+        V f[R::PACK], d[R::PACK];
+        R::template map<true>(b, t, cs, ns, f, d);
+#pragma GCC unroll 4
+        for (int i = 0; i < R::PACK; ++i) {
+          V g = d[i] * common;
+          if constexpr (FORM == ROW_SPREAD) {
+            const V rho = row_rho<MAP>(t[i].z);
+            g = g - (rho == V{} ? V{} : t[i].u * spread * rho);
+          }
+          store(entries + k + (first + i) * R::WIDTH, g);
+        }
+      });
+}
+
+// ---- choice of the functions --------------------------------------------------------------------
+
+// D: F32 or F64, the compute type; logits of other types are converted first, a block at a time.
+template <int D>
+struct RowKernels {
+  typedef typename RowCompute<D>::Number T;
+  void (*sums)(const RowBlock<D>&, RowPart<T>&, T*, RowWriter<D>*);
+  void (*gradient)(const RowBlock<D>&, T, T, T, T, T*);
+};
+
+template <int D, int FORM>
+static RowKernels<D> row_kernels(int map) {
+  if (map == ROW_SOFTMAX)
+    return {block_sums<D, ROW_SOFTMAX, FORM, false>, block_gradient<D, ROW_SOFTMAX, FORM>};
+  if (map == ROW_STABLEMAX)
+    return {block_sums<D, ROW_STABLEMAX, FORM, false>, block_gradient<D, ROW_STABLEMAX, FORM>};
+  return {block_sums<D, ROW_TAYLOR, FORM, false>, block_gradient<D, ROW_TAYLOR, FORM>};
+}
+
+// The fused pass from the stored type, for what is used most: float32 and bfloat16 logits and nothing
+// else. Null: none.
+template <int D>
+using RowFused = void (*)(const RowBlock<D>&, RowPart<typename RowCompute<D>::Number>&,
+                          typename RowCompute<D>::Number*, RowWriter<D>*);
+template <int D>
+static RowFused<D> row_fused(const RowLossArgs& a, bool plain) {
+  if constexpr (D == F32 || D == BF16) {
+    if (plain && a.map == ROW_SOFTMAX) return block_sums<D, ROW_SOFTMAX, ROW_PLAIN, true>;
+    if (plain && a.map == ROW_STABLEMAX) return block_sums<D, ROW_STABLEMAX, ROW_PLAIN, true>;
+  }
+  return nullptr;
 }
 
 }  // namespace FLCORE_ISA

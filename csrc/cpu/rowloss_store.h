@@ -5,6 +5,7 @@
 #include "api.h"
 #include "cpu/isa.h"
 #include "cpu/rowloss_access.h"
+#include "cpu/rowmap.h"
 #include "cpu/vec.h"
 
 namespace flcore {
@@ -17,74 +18,94 @@ FLCORE_INLINE int64_t row_peel(const void* p) {
   return bytes % dtype_bytes(D) ? -1 : bytes / dtype_bytes(D);
 }
 
-// LANES values as bfloat16. NaN: the payload of a gradient's NaN has no low bits to carry upwards.
-#if defined(__AVX512F__)
-FLCORE_INLINE __m256i row_bf16(const vf32& x) {
+// Rounds to bfloat16, which are the high halves then. A NaN's payload has no low bits here that
+// could carry upwards: it came from a bfloat16.
+FLCORE_INLINE vu32 bf16_bits(const vf32& x) {
   const vu32 u = (vu32)x;
-  return _mm512_maskz_cvtepi32_epi16(__mmask16(0xffff),
-                                     (__m512i)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16));
-}
-#elif defined(__AVX2__)
-FLCORE_INLINE __m128i row_bf16(const vf32& x) {
-  const vu32 u = (vu32)x;
-  const __m256i h = (__m256i)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-}
-#endif
-
-template <int D, class V>
-FLCORE_INLINE void row_store(void* p, int64_t i, const V& x) {
-#if defined(__AVX2__)
-  if constexpr (D == BF16) {
-    store(static_cast<char*>(p) + 2 * i, row_bf16(x));
-    return;
-  }
-#endif
-  store_lanes<D>(p, i, x);
-}
-
-// To an aligned place, past the caches.
-template <int D, class V>
-FLCORE_INLINE void row_stream(void* p, int64_t i, const V& x) {
-  char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
-  (void)at;
 #if defined(__AVX512F__)
-  if constexpr (D == F64)
-    _mm512_stream_pd(reinterpret_cast<double*>(at), (__m512d)x);
-  else if constexpr (D == F32)
-    _mm512_stream_ps(reinterpret_cast<float*>(at), (__m512)x);
-  else if constexpr (D == BF16)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(at), row_bf16(x));
-  else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(at),
-                        _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)x,
-                                              _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  if constexpr (D == F64)
-    _mm256_stream_pd(reinterpret_cast<double*>(at), (__m256d)x);
-  else if constexpr (D == F32)
-    _mm256_stream_ps(reinterpret_cast<float*>(at), (__m256)x);
-  else if constexpr (D == BF16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(at), row_bf16(x));
-  else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(at),
-                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__x86_64__)
-  if constexpr (D == F64)
-    _mm_stream_pd(reinterpret_cast<double*>(at), (__m128d)x);
-  else if constexpr (D == F32)
-    _mm_stream_ps(reinterpret_cast<float*>(at), (__m128)x);
-  else
-    row_store<D>(p, i, x);
+  const __m512i v = (__m512i)(u + 0x7fffu);
+  return (vu32)_mm512_mask_add_epi32(v, _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(1 << 16)),
+                                     v, _mm512_set1_epi32(1));
 #else
-  row_store<D>(p, i, x);
+  return u + 0x7fffu + ((u >> 16) & 1u);
 #endif
 }
 
-// n entries, one by one
-template <int D, class T>
-static inline void row_copy(void* p, int64_t i, const T* x, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) store1<D>(p, i + j, x[j]);
+#if defined(__AVX512F__)
+typedef __m512i RowHalves;  // two vectors of 16-bit values
+template <int D>
+FLCORE_INLINE RowHalves row_halves(const vf32& a, const vf32& b) {
+  if constexpr (D == BF16) {
+    alignas(64) static constexpr uint16_t ODD[32] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16((__m512i)bf16_bits(a), load<__m512i>(ODD),
+                                     (__m512i)bf16_bits(b));
+  } else {
+    const __m256i low = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)a, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i high = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)b, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_maskz_inserti64x4(__mmask8(0xff), _mm512_castsi256_si512(low), high, 1);
+  }
+}
+FLCORE_INLINE void stream_bytes(char* p, const __m512i& x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
+}
+#elif defined(__AVX2__)
+typedef __m256i RowHalves;
+template <int D>
+FLCORE_INLINE RowHalves row_halves(const vf32& a, const vf32& b) {
+  if constexpr (D == BF16) {
+    const __m256i both = _mm256_packus_epi32((__m256i)(bf16_bits(a) >> 16),
+                                             (__m256i)(bf16_bits(b) >> 16));
+    return _mm256_permute4x64_epi64(both, 0xd8);
+  } else {
+    const __m128i low = _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                   _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT), 1);
+  }
+}
+FLCORE_INLINE void stream_bytes(char* p, const __m256i& x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
+}
+#elif defined(__SSE4_1__)
+typedef __m128i RowHalves;
+template <int D>
+FLCORE_INLINE RowHalves row_halves(const vf32& a, const vf32& b) {
+  if constexpr (D == BF16) {
+    return _mm_packus_epi32((__m128i)(bf16_bits(a) >> 16), (__m128i)(bf16_bits(b) >> 16));
+  } else {
+    uint16_t h[8];
+    for (int k = 0; k < 4; ++k) h[k] = f32_to_f16(a[k]), h[4 + k] = f32_to_f16(b[k]);
+    return load<__m128i>(h);
+  }
+}
+FLCORE_INLINE void stream_bytes(char* p, const __m128i& x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), x);
+}
+#endif
+
+// Two vectors from place i on; STREAM: an aligned place, past the caches.
+template <int D, bool STREAM, class V>
+FLCORE_INLINE void row_store_pair(void* p, int64_t i, const V& a, const V& b) {
+  char* const at = static_cast<char*>(p) + dtype_bytes(D) * i;
+#if defined(__SSE4_1__)
+  if constexpr (D == F16 || D == BF16) {
+    const RowHalves both = row_halves<D>(a, b);
+    if constexpr (STREAM)
+      stream_bytes(at, both);
+    else
+      store(at, both);
+  } else if constexpr (STREAM) {
+    stream_bytes(at, (RowHalves)a);
+    stream_bytes(at + VEC_BYTES, (RowHalves)b);
+  } else {
+    store(at, a);
+    store(at + VEC_BYTES, b);
+  }
+#else
+  store_lanes<D>(at, 0, a);
+  store_lanes<D>(at, Real<V>::WIDTH, b);
+#endif
 }
 
 // Streamed stores are seen by other threads from here on.
@@ -93,6 +114,74 @@ FLCORE_INLINE void row_stream_end() {
   _mm_sfence();
 #endif
 }
+
+// Writes factor * values to n entries of a gradient, in pieces: some up to a cache line, whole
+// groups, the rest; and the target's entry in its place (a line that is written past the caches and
+// then once more comes back from memory first).
+template <int D>
+struct RowWriter {
+  typedef typename RowCompute<D>::Number T;
+  typedef typename RowCompute<D>::Vector V;
+  static constexpr int WIDTH = Real<V>::WIDTH, GROUP = ROW_GROUP<T>;
+  const T* values;
+  T factor;
+  char* grad;
+  int64_t n, at;
+  bool stream;
+  int64_t hole;  // place of the target, or -1
+  T own;         // and its entry
+
+  void start(const T* from, T by, char* to, int64_t count, bool past_caches, int64_t target,
+             T entry) {
+    values = from, factor = by, grad = to, n = count, at = 0, hole = target, own = entry;
+    const int64_t peel = past_caches ? row_peel<D>(grad) : -1;
+    stream = peel >= 0;
+    if (peel > 0) some(peel < n ? peel : n);
+  }
+  // less than a group
+  __attribute__((noinline)) void some(int64_t end) {
+    const V by = splat<V>(factor);
+    const int64_t from = at;
+    for (; at + 2 * WIDTH <= end; at += 2 * WIDTH)
+      row_store_pair<D, false>(grad, at, load<V>(values + at) * by,
+                               load<V>(values + at + WIDTH) * by);
+    for (; at < end; ++at) store1<D>(grad, at, values[at] * factor);
+    if (hole >= from && hole < end) store1<D>(grad, hole, own);
+  }
+  template <bool STREAM>
+  FLCORE_MEMBER void put(const T* x, const V& by) {
+    unroll<GROUP / WIDTH / 2>([&](auto i) FLCORE_LAMBDA {
+      const int64_t k = i.value * 2 * WIDTH;
+      row_store_pair<D, STREAM>(grad, at + k, load<V>(x + k) * by, load<V>(x + k + WIDTH) * by);
+    });
+  }
+  __attribute__((noinline)) void group_with_hole() {
+    T x[GROUP];
+    for (int j = 0; j < GROUP; ++j) x[j] = values[at + j] * factor;
+    x[hole - at] = own;
+    if (stream)
+      put<true>(x, splat<V>(1));
+    else
+      put<false>(x, splat<V>(1));
+  }
+  // at least the entries below `end`
+  FLCORE_MEMBER void until(int64_t end) {
+    while (at < end && at < n) {
+      if (at + GROUP > n) {
+        some(n);
+        return;
+      }
+      if (uint64_t(hole - at) < uint64_t(GROUP))
+        group_with_hole();
+      else if (stream)
+        put<true>(values + at, splat<V>(factor));
+      else
+        put<false>(values + at, splat<V>(factor));
+      at += GROUP;
+    }
+  }
+  __attribute__((noinline)) void finish() { until(n); }
+};
 
 }  // namespace FLCORE_ISA
 }  // namespace flcore

@@ -159,11 +159,11 @@ FLCORE_INLINE vf64 exp_scaled(vf64 e, vf64 k) {
 #endif
 }
 
-// y := exp(y) 2^-n for integral n and y <= n ln2 + 1: to about 1 ulp, 0 below 2^-125 (float64:
+// y := exp(y) 2^-n (SHIFTED; else exp(y)) for integral n and y <= n ln2 + 1: to about 1 ulp, 0 below 2^-125 (float64:
 // 2^-1020) and at -inf, NaN at NaN. |n| <= SPLIT log2(e). What lies so low that k is off is 0 in the
 // end. N vectors step by step: one after the other, their chains of dependent operations would fill
 // the processor's queues.
-template <int N, class V>
+template <bool SHIFTED, int N, class V>
 FLCORE_INLINE void row_exp_lanes(V (&y)[N], V n) {
   typedef Real<V> R;
   V k[N], r[N], p[N];
@@ -179,13 +179,13 @@ FLCORE_INLINE void row_exp_lanes(V (&y)[N], V n) {
   for (int j = R::EXP_TERMS - 2; j >= 0; --j) FLCORE_EACH((p[i] = p[i] * r[i] + R::EXP[j], here(p[i])));
   FLCORE_EACH(p[i] = r[i] + r[i] * r[i] * p[i]);
   FLCORE_EACH(p[i] = 1 + p[i]);
-  FLCORE_EACH(y[i] = exp_scaled(p[i], k[i] - n));
+  FLCORE_EACH(y[i] = exp_scaled(p[i], SHIFTED ? k[i] - n : k[i]));
 #undef FLCORE_EACH
 }
 template <class V>
 FLCORE_INLINE V row_exp(V y, V n) {
   V one[1] = {y};
-  row_exp_lanes(one, n);
+  row_exp_lanes<true>(one, n);
   return one[0];
 }
 
@@ -228,25 +228,24 @@ FLCORE_INLINE V row_factor(V m, V c, V n) {
 
 // ---- log ----------------------------------------------------------------------------------------
 
-// ln(w) + correction, w >= 0 normal or +inf
-template <class V>
-FLCORE_INLINE V log_parts(V w, V correction, V exponent) {
+// ln(w + lost) + exponent ln 2 for w > 0 normal and lost at most its rounding error
+template <bool LOST, class V>
+FLCORE_INLINE V log_parts(V w, V lost, V exponent) {
   typedef Real<V> R;
-  typedef typename R::I I;
   typedef typename R::U U;
   // w = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
   const U root = (U)splat<V>(typename R::T(0x1.6a09e667f3bcdp-1)), one = (U)splat<V>(1);
-  const U shifted = (U)w + (one - root);
-  const I whole = (I)(shifted >> R::MANTISSA) - R::BIAS;
-  const V e = __builtin_convertvector(whole, V) + exponent;
+  const U shifted = (U)w + (one - root), biased = shifted >> R::MANTISSA;
+  const V e = ((V)(biased + (U)splat<V>(R::MAGIC)) - (R::MAGIC + R::BIAS)) + exponent;
   const U below = ((U{} + 1) << R::MANTISSA) - 1;
-  const V f = (V)((shifted & below) + root) - 1;
+  V f = (V)((shifted & below) + root) - 1;
+  if (LOST) f += lost * (V)((2 * R::BIAS - biased) << R::MANTISSA);
   const V s = f / (f + 2), z = s * s;
   V p = splat<V>(R::LOG[R::LOG_TERMS - 1]);
 #pragma GCC unroll 8
   for (int i = R::LOG_TERMS - 2; i >= 0; --i) p = p * z + R::LOG[i];
   // 2 s = f - s f
-  return (f + ((e * R::LN2_LO + correction) - s * (f - z * p))) + e * R::LN2_HI;
+  return (f + (e * R::LN2_LO - s * (f - z * p))) + e * R::LN2_HI;
 }
 
 template <class V>
@@ -263,17 +262,17 @@ FLCORE_INLINE V row_log(V x) {
   typedef Real<V> R;
   const auto low = x < R::TINY;
   const V w = low ? x * R::LIFT : x;
-  return log_special(x, log_parts(w, V{}, low ? splat<V>(-R::LIFT_BITS) : V{}));
+  return log_special(x, log_parts<false>(w, V{}, low ? splat<V>(-R::LIFT_BITS) : V{}));
 }
 
-// ln(1 + u): relative error about 1 ulp, u itself where u is tiny
+// ln(1 + u): relative error about 1.5 ulp, u itself where u is tiny
 template <class V>
 FLCORE_INLINE V row_log1p(V u) {
   typedef Real<V> R;
   const V w = u + 1;
   // what rounding w lost; w - 1 is exact below LIFT, and beyond it the loss is of no account
-  const V lost = (u - (w - 1)) / w;
-  const V y = log_parts(w, u < R::LIFT ? lost : V{}, V{});
+  const V lost = u - (w - 1);
+  const V y = log_parts<true>(w, u < R::LIFT ? lost : V{}, V{});
   return log_special(w, y);
 }
 
@@ -298,13 +297,13 @@ FLCORE_INLINE void row_map(V z, V c, V n, V& f, V& d) {
   }
 }
 
-// The same of N vectors.
-template <int MAP, int N, class V>
+// The same of N vectors; c = n = 0 unless SHIFTED.
+template <int MAP, bool SHIFTED, int N, class V>
 FLCORE_INLINE void row_map_lanes(const V (&z)[N], V c, V n, V (&f)[N], V (&d)[N]) {
   if constexpr (MAP == ROW_SOFTMAX) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) f[i] = z[i] - c;
-    row_exp_lanes(f, n);
+    for (int i = 0; i < N; ++i) f[i] = SHIFTED ? z[i] - c : z[i];
+    row_exp_lanes<SHIFTED>(f, n);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) d[i] = f[i];
   } else {

@@ -163,37 +163,62 @@ FLCORE_INLINE void turn(vf64* q) {
 
 // ---- rows of a block ----------------------------------------------------------------------------
 
-// v[j] = lanes of element k + j, j < SIZE, of the rows at row[]
-template <int D, class V>
-FLCORE_INLINE void load_turned(const char* const* row, int64_t k, V* v) {
+// Where rows begin: each at a place of its own, or one after the other at a distance in bytes;
+// at(offset) is what finds them that many bytes further on.
+template <class Char>
+struct PlacedRows {
+  Char* const* row;
+  int64_t offset;
+  FLCORE_MEMBER PlacedRows at(int64_t by) const { return {row, offset + by}; }
+  FLCORE_MEMBER Char* operator()(int r) const { return row[r] + offset; }
+};
+template <class Char>
+struct EvenRows {
+  Char* group[LANES / 4];  // every fourth row
+  int64_t step, step3;
+  FLCORE_MEMBER EvenRows(Char* first, int64_t bytes) : step(bytes), step3(3 * bytes) {
+    for (int i = 0; i < LANES / 4; ++i) group[i] = first + i * (4 * step);
+  }
+  FLCORE_MEMBER EvenRows at(int64_t by) const {
+    EvenRows rows(group[0] + by, step);
+#if defined(__GNUC__)
+    // four registers a block: without this the addresses of all rows are kept, most in memory
+    for (int i = 0; i < LANES / 4; ++i) __asm__("" : "+r"(rows.group[i]));
+#endif
+    return rows;
+  }
+  FLCORE_MEMBER Char* operator()(int r) const {
+    return group[r / 4] + (r % 4 == 3 ? step3 : r % 4 * step);
+  }
+};
+
+// v[j] = lanes of element k + j, j < SIZE, of the rows
+template <int D, class V, class Rows>
+FLCORE_INLINE void load_turned(const Rows& rows, int64_t k, V* v) {
   typedef Piece<V> P;
-  const int64_t at = k * dtype_bytes(D);
+  const Rows at = rows.at(k * dtype_bytes(D));
   unroll<P::SIZE>([&](auto j) FLCORE_LAMBDA {
     typename P::type p[P::PARTS];
     unroll<P::PARTS>([&](auto l) FLCORE_LAMBDA {
-      p[decltype(l)::value] =
-          load_piece<D>(row[decltype(l)::value * P::SIZE + decltype(j)::value] + at);
+      p[decltype(l)::value] = load_piece<D>(at(decltype(l)::value * P::SIZE + decltype(j)::value));
     });
     v[decltype(j)::value] = join(p);
   });
   turn(v);
 }
 
-// The other way, `rows` of them.
-template <int D, class V>
-FLCORE_INLINE void store_turned(char* const* row, int rows, int64_t k, const V* from) {
+// The other way, `count` of the rows; v is used up.
+template <int D, class V, class Rows>
+FLCORE_INLINE void store_turned(const Rows& rows, int count, int64_t k, V* v) {
   typedef Piece<V> P;
-  const int64_t at = k * dtype_bytes(D);
-  V v[P::SIZE];
-  for (int j = 0; j < P::SIZE; ++j) {
-    v[j] = from[j];
-    if constexpr (D == BF16) v[j] = round_bf16(v[j]);
-  }
+  const Rows at = rows.at(k * dtype_bytes(D));
+  if constexpr (D == BF16)
+    for (int j = 0; j < P::SIZE; ++j) v[j] = round_bf16(v[j]);
   turn(v);
   unroll<P::PARTS>([&](auto l) FLCORE_LAMBDA {
     unroll<P::SIZE>([&](auto j) FLCORE_LAMBDA {
       constexpr int R = decltype(l)::value * P::SIZE + decltype(j)::value;
-      if (R < rows) store_piece<D>(row[R] + at, part<decltype(l)::value>(v[decltype(j)::value]));
+      if (R < count) store_piece<D>(at(R), part<decltype(l)::value>(v[decltype(j)::value]));
     });
   });
 }
@@ -209,18 +234,18 @@ struct TurnedVector<F64> {
   typedef double number;
 };
 
-// v[0 .. count - 1] = lanes of elements k .. of the rows; row[] has as many entries as lanes
-template <int D>
-static void load_rows(const char* const* row, int64_t k, int count,
-                      typename TurnedVector<D>::type* v) {
+// v[0 .. count - 1] = lanes of elements k .. of the rows, as many as lanes
+template <int D, class Rows>
+FLCORE_INLINE void load_rows(const Rows& rows, int64_t k, int count,
+                             typename TurnedVector<D>::type* v) {
   typedef typename TurnedVector<D>::type V;
   constexpr int SIZE = Piece<V>::SIZE, WIDTH = SIZE * Piece<V>::PARTS;
   int j = 0;
-  for (; j + SIZE <= count; j += SIZE) load_turned<D>(row, k + j, v + j);
+  for (; j + SIZE <= count; j += SIZE) load_turned<D>(rows, k + j, v + j);
   if (j == count) return;
   if (k + count >= SIZE) {
     V last[SIZE];
-    load_turned<D>(row, k + count - SIZE, last);
+    load_turned<D>(rows, k + count - SIZE, last);
     for (; j < count; ++j) v[j] = last[SIZE - count + j];
     return;
   }
@@ -228,30 +253,36 @@ static void load_rows(const char* const* row, int64_t k, int count,
     typename TurnedVector<D>::number x[WIDTH];
     for (int r = 0; r < WIDTH; ++r) {
       if constexpr (D == F64)
-        x[r] = load1_f64<D>(row[r], k + j);
+        x[r] = load1_f64<D>(rows(r), k + j);
       else
-        x[r] = load1<D>(row[r], k + j);
+        x[r] = load1<D>(rows(r), k + j);
     }
     v[j] = load<V>(x);
   }
 }
 
-// Elements k .. k + count - 1 of the first `rows` rows
-template <int D>
-static void store_rows(char* const* row, int rows, int64_t k, int count,
-                       const typename TurnedVector<D>::type* v) {
+// Elements k .. k + count - 1 of the first n rows
+template <int D, class Rows>
+FLCORE_INLINE void store_rows(const Rows& rows, int n, int64_t k, int count,
+                              const typename TurnedVector<D>::type* from) {
   typedef typename TurnedVector<D>::type V;
   constexpr int SIZE = Piece<V>::SIZE, WIDTH = SIZE * Piece<V>::PARTS;
+  V v[SIZE];
   int j = 0;
-  if (rows == WIDTH)  // without a test a row
-    for (; j + SIZE <= count; j += SIZE) store_turned<D>(row, WIDTH, k + j, v + j);
-  for (; j + SIZE <= count; j += SIZE) store_turned<D>(row, rows, k + j, v + j);
+  const auto block = [&](int first) FLCORE_LAMBDA {
+    for (int i = 0; i < SIZE; ++i) v[i] = from[first + i];
+    if (n == WIDTH)  // without a test a row
+      store_turned<D>(rows, WIDTH, k + first, v);
+    else
+      store_turned<D>(rows, n, k + first, v);
+  };
+  for (; j + SIZE <= count; j += SIZE) block(j);
   if (j == count) return;
-  if (count >= SIZE) return store_turned<D>(row, rows, k + count - SIZE, v + count - SIZE);
+  if (count >= SIZE) return block(count - SIZE);
   for (; j < count; ++j) {
     typename TurnedVector<D>::number x[WIDTH];
-    store(x, v[j]);
-    for (int r = 0; r < rows; ++r) store1<D>(row[r], k + j, x[r]);
+    store(x, from[j]);
+    for (int r = 0; r < n; ++r) store1<D>(rows(r), k + j, x[r]);
   }
 }
 

@@ -1,7 +1,7 @@
 """flcore: the compute core of federated learning.
 
 Submodules are imported on first use, so that `import flcore` costs NumPy and the compiled core
-only: aggregation, algorithms, bench, compression, integrations, losses, nn, ops, privacy,
+only: aggregation, algorithms, bench, compression, integrations, losses, nn, ops, optim, privacy,
 reference, simulation. The parts that need torch say so when they are imported without it.
 """
 
@@ -30,6 +30,7 @@ __all__ = [
     "losses",
     "nn",
     "ops",
+    "optim",
     "privacy",
     "reference",
     "set_num_threads",

@@ -6,7 +6,7 @@ Outputs of `SMALLEST` bytes and more in CPU memory therefore come from a small p
 huge pages; a buffer is free again when no array or tensor on it is left, which its reference count
 tells.
 
-At most `BUFFERS` buffers are kept, none more than an eighth larger than what was asked for, and
+At most `BUFFERS` buffers are kept, none is used for less than four fifths of its size, and
 `clear_cache` drops those that are free. ``FLCORE_OUTPUT_POOL=0`` turns the pool off.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 __all__ = ["BUFFERS", "SMALLEST", "clear_cache", "empty_like"]
 
-SMALLEST = 32 << 20  # bytes
+SMALLEST = 4 << 20  # bytes; malloc gives memory of this size back to the system when it is freed
 BUFFERS = 4
 HUGE_PAGE = 2 << 20
 
@@ -77,7 +77,7 @@ def _take(size: int) -> np.ndarray:
     with _lock:
         for i in range(len(_buffers)):
             room = _buffers[i].nbytes - HUGE_PAGE
-            if size <= room <= _whole_pages(size + size // 8) and _is_free(i):
+            if size <= room <= _whole_pages(size + size // 4) and _is_free(i):
                 _buffers.append(_buffers.pop(i))
                 return _aligned(_buffers[-1], size)
         buffer = _allocate(size)

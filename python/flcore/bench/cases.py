@@ -34,6 +34,7 @@ FAMILIES = {
     "losses": "flcore.bench.losses",
     "low_rank": "flcore.bench.low_rank",
     "moments": "flcore.bench.moments",
+    "optim": "flcore.bench.perp_grad",
     "packets": "flcore.bench.packets",
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",

@@ -244,23 +244,24 @@ def draw(runs: Sequence[Run], path: str | Path) -> None:
     matplotlib: Any = require("matplotlib", "train")
     figure_module: Any = require("matplotlib.figure", "train")
     scenes = _by_method(runs)
+    colours = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(run.method for run in runs))}
     with matplotlib.rc_context({"font.size": 8, "svg.hashsalt": "flcore", "axes.grid": True}):
         figure = figure_module.Figure(figsize=(10, 3.2), layout="constrained")
         panels = figure.subplots(1, len(scenes), sharey=True, squeeze=False)[0]
         for panel, (scene, methods) in zip(panels, scenes.items(), strict=True):
-            for number, (method, mine) in enumerate(methods.items()):
+            for method, mine in methods.items():
                 for run in mine:
                     panel.plot(
                         run.steps,
                         [100 * value for value in run.test],
-                        color=f"C{number}",
+                        color=colours[method],
                         linewidth=1,
                         label=method.label if run is mine[0] else None,
                     )
-            fitted = [run for run in next(iter(methods.values()))]
+            fitted = next(iter(methods.values()))[0]
             panel.plot(
-                fitted[0].steps,
-                [100 * value for value in fitted[0].train],
+                fitted.steps,
+                [100 * value for value in fitted.train],
                 color="0.5",
                 linestyle=":",
                 linewidth=1,
@@ -268,6 +269,6 @@ def draw(runs: Sequence[Run], path: str | Path) -> None:
             )
             panel.set_title(scene.title)
             panel.set_xlabel("steps")
-            panel.legend(loc="center right", fontsize=6.5)
+            panel.legend(loc="center right", bbox_to_anchor=(1, 0.6), fontsize=6.5)
         panels[0].set_ylabel("test accuracy, %")
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)

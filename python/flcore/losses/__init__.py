@@ -9,10 +9,63 @@ from flcore import _extras
 
 _extras.require("torch", "torch")
 
-from flcore.losses._cross_entropy import (  # noqa: E402  (torch is checked first)
+from flcore.losses._comp_sum import (  # noqa: E402  (torch is checked first)
+    adversarial_inputs,
+    comp_sum_loss,
+    generalized_cross_entropy,
+    mae_loss,
+    smooth_adversarial_comp_sum_loss,
+    sum_exponential_loss,
+)
+from flcore.losses._contrastive import (  # noqa: E402
+    GlobalContrastiveLoss,
+    TwoModalityContrastiveLoss,
+)
+from flcore.losses._cross_entropy import (  # noqa: E402
     cross_entropy,
     stablemax_cross_entropy,
     taylor_cross_entropy,
 )
+from flcore.losses._ldr import ALDRLoss, ldr_loss  # noqa: E402
+from flcore.losses._linear import (  # noqa: E402
+    linear_cross_entropy,
+    stablemax_linear_cross_entropy,
+)
+from flcore.losses._long_tail import (  # noqa: E402
+    adjust_logits,
+    balanced_softmax_cross_entropy,
+    balanced_stablemax_cross_entropy,
+    calibrated_cross_entropy,
+    logit_adjusted_cross_entropy,
+    restricted_softmax_cross_entropy,
+)
+from flcore.losses._vocab_parallel import (  # noqa: E402
+    vocab_parallel_cross_entropy,
+    vocab_parallel_stablemax_cross_entropy,
+)
 
-__all__ = ["cross_entropy", "stablemax_cross_entropy", "taylor_cross_entropy"]
+__all__ = [
+    "ALDRLoss",
+    "GlobalContrastiveLoss",
+    "TwoModalityContrastiveLoss",
+    "adjust_logits",
+    "adversarial_inputs",
+    "balanced_softmax_cross_entropy",
+    "balanced_stablemax_cross_entropy",
+    "calibrated_cross_entropy",
+    "comp_sum_loss",
+    "cross_entropy",
+    "generalized_cross_entropy",
+    "ldr_loss",
+    "linear_cross_entropy",
+    "logit_adjusted_cross_entropy",
+    "mae_loss",
+    "restricted_softmax_cross_entropy",
+    "smooth_adversarial_comp_sum_loss",
+    "stablemax_cross_entropy",
+    "stablemax_linear_cross_entropy",
+    "sum_exponential_loss",
+    "taylor_cross_entropy",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_stablemax_cross_entropy",
+]

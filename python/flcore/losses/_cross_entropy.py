@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -117,7 +118,7 @@ def stablemax_cross_entropy(
     return row_cross_entropy(
         input,
         target,
-        RowLossForm("stablemax", ignore_index, label_smoothing, logit_scale, z_loss=z_loss),
+        _form("stablemax", ignore_index, label_smoothing, logit_scale, z_loss),
         weight=weight,
         log_prior=None if prior is None else _log(prior),
         valid_mask=valid_mask,
@@ -185,7 +186,7 @@ def cross_entropy(
     return row_cross_entropy(
         input,
         target,
-        RowLossForm("softmax", ignore_index, label_smoothing, logit_scale, z_loss=z_loss),
+        _form("softmax", ignore_index, label_smoothing, logit_scale, z_loss),
         weight=weight,
         log_prior=log_prior,
         valid_mask=valid_mask,
@@ -245,7 +246,7 @@ def taylor_cross_entropy(
     return row_cross_entropy(
         input,
         target,
-        RowLossForm("taylor", ignore_index, label_smoothing, logit_scale, z_loss=z_loss),
+        _form("taylor", ignore_index, label_smoothing, logit_scale, z_loss),
         weight=weight,
         log_prior=None if prior is None else _log(prior),
         valid_mask=valid_mask,
@@ -255,6 +256,16 @@ def taylor_cross_entropy(
         inplace_backward=inplace_backward,
         return_stats=return_stats,
     )
+
+
+def _form(
+    name: str, ignore_index: int, label_smoothing: float, logit_scale: float, z_loss: float
+) -> RowLossForm:
+    make = RowLossForm if torch.compiler.is_compiling() else _known_form
+    return make(name, ignore_index, label_smoothing, logit_scale, 0.0, z_loss)
+
+
+_known_form = functools.lru_cache(maxsize=256)(RowLossForm)  # checks its numbers once
 
 
 def _log(prior: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """The engine of every loss over rows of logits: reductions, gradients, eager or compiled.
 
 Eager tensors go straight to `flcore.ops.rowloss`. With a reduction to one number the gradient is
-computed in the visit that computes the loss, on a CPU; a GPU, ``reduction="none"`` and
+computed in the visit that computes the loss, on a CPU; a GPU, float16, ``reduction="none"`` and
 ``inplace_backward`` keep two numbers a row and visit the logits again in the backward pass, when
-the upstream gradient is known without waiting for the device. Compiled, fake and wrapped tensors
+the upstream gradient is known. Compiled, fake and wrapped tensors
 go through the operators of `flcore._torch_losses`.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flcore import _output_pool
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops import _rowloss_prepare as _prepare
 from flcore.ops import rowloss as _ops
@@ -100,16 +101,25 @@ def row_cross_entropy(
     call = _prepare.prepare(input, target, form, class_dim, *arrays)
     count = _prepare.check_targets(call)[1]
     job = _Job(call, form, arrays, class_dim, inplace_backward, return_stats)
-    if needs_grad and reduction != "none" and not inplace_backward and not input.is_cuda:
+    if needs_grad and reduction != "none" and _at_once(input, inplace_backward):
         job.total, job.mean = count, reduction == "mean"
         loss = _Reduced.apply(input, job, out_dtype)
     elif needs_grad:
         rows = _Rows.apply(input, target, *arrays, job)
         loss = _reduce(rows, reduction, count, out_dtype)
     else:
-        rows = job.forward(input)
-        loss = _reduce(rows, reduction, count, out_dtype)
+        rows = job.forward()
+        loss = _reduce_now(rows, reduction, count, out_dtype)
     return (loss, job.stats) if return_stats else loss
+
+
+def _at_once(input: Tensor, inplace_backward: bool) -> bool:
+    """Whether the gradient can be computed before its upstream factor is known.
+
+    Not on a GPU, where looking at the factor would wait for the device; and not in float16, whose
+    range is too short for a gradient that a loss scale has yet to multiply.
+    """
+    return not (inplace_backward or input.is_cuda or input.dtype == torch.float16)
 
 
 class _Job:
@@ -142,12 +152,11 @@ class _Job:
         self.total: Any = 0
         self.mean = False
 
-    def forward(self, x: Tensor, keep: bool = False) -> Tensor:
+    def forward(self, keep: bool = False) -> Tensor:
         """Loss of every row; stats when they are wanted, or kept for the backward pass."""
-        shape = _prepare.row_shape(x, self.class_dim)
-        self.call.loss = loss = _prepare.empty_rows(self.call, shape)
+        self.call.loss = loss = _prepare.empty_rows(self.call)
         if keep or self.wants:
-            self.stats = _ops.new_stats(self.call, shape)
+            self.stats = _ops.new_stats(self.call)
         _ops.run(self.call, _ops.FORWARD)
         return loss
 
@@ -161,20 +170,17 @@ class _Reduced(torch.autograd.Function):
         if job.mean:
             scale = 1 / job.total if job.total else float("nan")
         if job.wants:
-            job.stats = _ops.new_stats(job.call, _prepare.row_shape(x, job.class_dim))
-        rows, grad = _ops.both(job.call, x, None, scale, job.class_dim)
+            job.stats = _ops.new_stats(job.call)
+        rows, grad = _ops.both(job.call, x, None, scale)
         ctx.save_for_backward(grad)
-        return _reduce(rows, "mean" if job.mean else "sum", job.total, out_dtype)
+        return _reduce_now(rows, "mean" if job.mean else "sum", job.total, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        with torch.no_grad():
-            factor = upstream.item()  # on a CPU: nothing to wait for
-            if factor != 1:
-                from flcore import _output_pool
-
-                grad = torch.mul(grad, factor, out=_output_pool.empty_like(grad))
+        factor = upstream.item()  # on a CPU: nothing to wait for
+        if factor != 1:
+            grad = torch.mul(grad, factor, out=_output_pool.empty_like(grad))
         return _once(grad), None, None
 
 
@@ -192,7 +198,7 @@ class _Rows(torch.autograd.Function):
         valid_mask: Any,
         job: _Job,
     ) -> Tensor:
-        rows = job.forward(x, keep=True)
+        rows = job.forward(keep=True)
         assert job.stats is not None
         arrays = [a if isinstance(a, Tensor) else None for a in job.arrays]
         ctx.others = [None if isinstance(a, Tensor) else a for a in job.arrays]
@@ -212,7 +218,6 @@ class _Rows(torch.autograd.Function):
                 RowStats(rest, own, shift),
                 upstream,
                 1.0,
-                ctx.class_dim,
                 x.detach() if ctx.inplace else None,
             )
             if ctx.inplace:
@@ -246,6 +251,16 @@ def _reduce(rows: Tensor, reduction: str, total: Any, out_dtype: torch.dtype | N
         return rows.to(kind)
     loss = rows.sum(dtype=torch.float64)
     return (loss / total if reduction == "mean" else loss).to(kind)
+
+
+def _reduce_now(rows: Tensor, reduction: str, total: Any, out_dtype: torch.dtype | None) -> Tensor:
+    """Reduce what has no gradient and lies in CPU memory: Python divides faster than torch."""
+    if reduction == "none" or isinstance(total, Tensor):
+        return _reduce(rows, reduction, total, out_dtype)
+    value = rows.sum(dtype=torch.float64).item()
+    if reduction == "mean":
+        value = value / total if total else float("nan")
+    return torch.scalar_tensor(value, dtype=rows.dtype if out_dtype is None else out_dtype)
 
 
 def _is_plain(input: Tensor, target: Tensor) -> bool:

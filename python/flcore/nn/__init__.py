@@ -7,6 +7,10 @@ from flcore import _extras
 _extras.require("torch", "torch")
 
 from flcore.nn import functional  # noqa: E402  (torch is checked first)
+from flcore.nn._linear_losses import (  # noqa: E402
+    LinearCrossEntropyLoss,
+    StableMaxLinearCrossEntropyLoss,
+)
 from flcore.nn._losses import (  # noqa: E402
     CrossEntropyLoss,
     LogStableMax,
@@ -16,8 +20,10 @@ from flcore.nn._losses import (  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LogStableMax",
     "StableMax",
     "StableMaxCrossEntropyLoss",
+    "StableMaxLinearCrossEntropyLoss",
     "functional",
 ]

@@ -143,6 +143,9 @@ class RowCall:
     rest: Any = None  # (rows,)
     own: Any = None  # (rows,)
     shift: Any = None  # (rows,)
+    axis: int = -1  # dimension of the classes in the logits of the caller
+    shape: tuple[int, ...] = ()  # of the caller's logits without it
+    device: str = "cpu"
 
 
 # ---- layouts -----------------------------------------------------------------------------------

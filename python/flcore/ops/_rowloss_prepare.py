@@ -11,9 +11,9 @@ import numpy as np
 
 from flcore import _arrays, _native
 from flcore.errors import DTypeError, InvalidInputError, LabelError
-from flcore.ops._rowloss_call import RowCall, RowLossForm, layout, strides_of
+from flcore.ops._rowloss_call import Layout, RowCall, RowLossForm, layout, strides_of
 
-__all__ = ["attach_gradient", "check_targets", "class_axis", "empty_rows", "prepare", "row_shape"]
+__all__ = ["attach_gradient", "check_targets", "class_axis", "empty_rows", "prepare"]
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
     if soft is not None and soft.dtype != x.dtype:
         x = _astype(x, soft.dtype)
     call = _locate(x, axis, math.prod(outer), form)
-    call.labels = labels
+    call.labels, call.axis, call.shape = labels, axis, outer
     if soft is not None:
         call.soft = _contiguous(_class_last(soft, axis)).reshape((call.rows, classes))
     if valid_mask is not None:
@@ -78,39 +78,34 @@ def class_axis(x: Any, class_dim: int) -> int:
     return axis + x.ndim if axis < 0 else axis
 
 
-def row_shape(x: Any, class_dim: int) -> tuple[int, ...]:
-    """Shape of `x` without its class dimension."""
-    axis = class_axis(x, class_dim)
-    shape = tuple(x.shape)
-    return shape[:axis] + shape[axis + 1 :]
-
-
-def empty_rows(call: RowCall, shape: tuple[int, ...]) -> Any:
-    """Return an uninitialised array of `shape` in the compute type, beside the logits."""
+def empty_rows(call: RowCall) -> Any:
+    """Return an uninitialised number a row in the compute type, beside the logits."""
     if isinstance(call.x, np.ndarray):
-        return np.empty(shape, call.compute)
+        return np.empty(call.shape, call.compute)
     torch = sys.modules["torch"]
     kind = torch.float64 if call.compute == "float64" else torch.float32
-    return torch.empty(shape, dtype=kind, device=call.x.device)
+    return torch.empty(call.shape, dtype=kind, device=call.x.device)
 
 
 # ---- logits and gradient -----------------------------------------------------------------------
 
 
 def _locate(x: Any, axis: int, rows: int, form: RowLossForm) -> RowCall:
-    classes = int(x.shape[axis])
-    native = not isinstance(x, np.ndarray) or x.dtype.isnative
-    place = layout(tuple(x.shape), strides_of(x), axis) if native else None
-    if place is None or not (_arrays.device_of(x) != "cpu" or 1 in place[2:] or not rows):
-        x = _contiguous(_class_last(x, axis))
-        axis = x.ndim - 1
-        place = layout(tuple(x.shape), strides_of(x), axis)
-        assert place is not None
+    shape, device, is_numpy = tuple(x.shape), _arrays.device_of(x), isinstance(x, np.ndarray)
     compute = "float64" if _arrays.dtype_name(x) == "float64" else "float32"
-    return RowCall(rows, classes, x, *place, form, compute)
+    classes = shape[axis]
+    contiguous = x.flags.c_contiguous if is_numpy else x.is_contiguous()
+    native = not is_numpy or x.dtype.isnative
+    if contiguous and native and axis == len(shape) - 1:  # what most calls bring
+        return RowCall(rows, classes, x, rows, 0, classes, 1, form, compute, device=device)
+    place = layout(shape, strides_of(x), axis) if native else None
+    if place is None or not (device != "cpu" or 1 in place[2:] or not rows):
+        x = _contiguous(_class_last(x, axis))
+        place = Layout(rows, 0, classes, 1)
+    return RowCall(rows, classes, x, *place, form, compute, device=device)
 
 
-def attach_gradient(call: RowCall, grad: Any, class_dim: int) -> Any:
+def attach_gradient(call: RowCall, grad: Any) -> Any:
     """Let `call` write its gradient to `grad`, or to an array that is to be copied there.
 
     Returns
@@ -118,32 +113,32 @@ def attach_gradient(call: RowCall, grad: Any, class_dim: int) -> Any:
     array or None
         A view of the shape of `grad` with the values to copy, None when they are written in place.
     """
-    axis = class_dim % grad.ndim
+    axis = call.axis
     split = call.inner != call.rows
     place = None
-    if grad.dtype == call.x.dtype:
-        place = layout(tuple(grad.shape), strides_of(grad), axis, call.inner if split else None)
+    strides = strides_of(grad)
+    if grad.dtype == call.x.dtype and 0 not in strides:
+        place = layout(tuple(grad.shape), strides, axis, call.inner if split else None)
     if place is not None and _fits(call, place.class_stride, place.row_stride):
         if place.inner != call.inner:  # rows of x at one distance: split as the gradient's are
             call.inner, call.outer_stride = place.inner, place.inner * call.row_stride
         call.grad, call.grad_outer_stride = grad, place.outer_stride
         call.grad_row_stride, call.grad_class_stride = place.row_stride, place.class_stride
         return None
-    outer = tuple(grad.shape[:axis]) + tuple(grad.shape[axis + 1 :])
     call.grad_outer_stride = call.classes * call.inner
     if _fits(call, 1, call.classes):
-        call.grad = back = _empty((*outer, call.classes), call.x)
+        call.grad = back = _empty((*call.shape, call.classes), call.x)
         call.grad_row_stride, call.grad_class_stride = call.classes, 1
     else:  # the classes outside of the rows, as in the logits
         call.grad = _empty((call.rows // call.inner, call.classes, call.inner), call.x)
         call.grad_row_stride, call.grad_class_stride = 1, call.inner
-        back = _move(call.grad, 1, -1).reshape((*outer, call.classes))
+        back = _move(call.grad, 1, -1).reshape((*call.shape, call.classes))
     return _move(back, -1, axis)
 
 
 def _fits(call: RowCall, class_stride: int, row_stride: int) -> bool:
     """Whether the CPU kernels can write such a gradient of these logits: same kind of layout."""
-    if _arrays.device_of(call.x) != "cpu" or not call.rows or call.classes == 1:
+    if call.device != "cpu" or not call.rows or call.classes == 1:
         return True
     if call.class_stride == 1:
         return class_stride == 1
@@ -278,7 +273,7 @@ def _sum_classes(call: RowCall) -> None:
         return
     masked = -math.inf if call.form.map == "softmax" else 0.0
     present = None if call.prior is None else call.prior != masked
-    if _arrays.device_of(call.x) == "cpu":
+    if call.device == "cpu":
         weight = None if call.weight is None else np.asarray(call.weight, np.float64)
         inside = np.ones(call.classes, bool) if present is None else np.asarray(present)
         call.classes_present = float(inside.sum())
@@ -306,7 +301,7 @@ def check_targets(call: RowCall) -> tuple[Any, Any]:
     LabelError
         A label that counts is no class, or a class whose prior is 0.
     """
-    if _arrays.device_of(call.x) != "cpu":
+    if call.device != "cpu":
         return _count_on_device(call)
     if call.labels is None:
         count = call.rows if call.valid is None else int(call.valid.sum())

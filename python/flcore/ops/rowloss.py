@@ -103,10 +103,9 @@ def row_loss(
     call = _prepare.prepare(x, target, form, class_dim, weight, log_prior, row_scale, valid_mask)
     if not form.shard:
         _prepare.check_targets(call)
-    shape = _prepare.row_shape(x, class_dim)
     if not form.shard:
-        call.loss = _prepare.empty_rows(call, shape) if out is None else _loss_out(call, out, shape)
-    stats = new_stats(call, shape)
+        call.loss = _prepare.empty_rows(call) if out is None else _loss_out(call, out)
+    stats = new_stats(call)
     run(call, FORWARD, variant)
     return call.loss, stats
 
@@ -155,7 +154,7 @@ def row_loss_backward(
     call = _prepare.prepare(x, target, form, class_dim, weight, log_prior, row_scale, valid_mask)
     if not form.shard:
         _prepare.check_targets(call)
-    return backward(call, x, stats, upstream, scale, class_dim, out, variant)
+    return backward(call, x, stats, upstream, scale, out, variant)
 
 
 def row_loss_gradient(
@@ -205,7 +204,7 @@ def row_loss_gradient(
     if form.shard:
         raise InvalidInputError("shard: gradients need the merged stats of all shards")
     _prepare.check_targets(call)
-    return both(call, x, upstream, scale, class_dim, out, variant)
+    return both(call, x, upstream, scale, out, variant)
 
 
 def row_targets(
@@ -246,10 +245,10 @@ def row_targets(
         raise DTypeError(f"target: expected an array of labels, got {type(target).__name__}")
     shape = (*target.shape, classes)
     if isinstance(target, np.ndarray):
-        like: Any = np.broadcast_to(np.float32(0), shape)
+        like: Any = np.broadcast_to(np.zeros(classes, np.float32), shape)
     else:
         torch = sys.modules["torch"]
-        like = torch.zeros((), dtype=torch.float32, device=target.device).expand(shape)
+        like = torch.zeros(classes, dtype=torch.float32, device=target.device).expand(shape)
     if form.label_smoothing:  # sums over the classes are not needed here
         form = RowLossForm(form.map, form.ignore_index, label_offset=form.label_offset)
     call = _prepare.prepare(like, target, form, -1, weight, log_prior, None, valid_mask)
@@ -259,11 +258,11 @@ def row_targets(
 # ---- on a prepared call, for the layers above --------------------------------------------------
 
 
-def new_stats(call: RowCall, shape: tuple[int, ...]) -> RowStats:
+def new_stats(call: RowCall) -> RowStats:
     """Give the call arrays for its stats and return them."""
-    call.rest, call.own = _prepare.empty_rows(call, shape), _prepare.empty_rows(call, shape)
+    call.rest, call.own = _prepare.empty_rows(call), _prepare.empty_rows(call)
     if call.form.map == "softmax":
-        call.shift = _prepare.empty_rows(call, shape)
+        call.shift = _prepare.empty_rows(call)
     return RowStats(call.rest, call.own, call.shift)
 
 
@@ -272,14 +271,12 @@ def both(
     x: Any,
     upstream: Any = None,
     scale: Any = 1.0,
-    class_dim: int = -1,
     out: Any = None,
     variant: str | None = None,
 ) -> tuple[Any, Any]:
     """Loss and gradient of a prepared call; see `row_loss_gradient`."""
-    shape = _prepare.row_shape(x, class_dim)
-    call.loss = _prepare.empty_rows(call, shape)
-    return call.loss, _differentiate(call, BOTH, x, upstream, scale, class_dim, out, variant)
+    call.loss = _prepare.empty_rows(call)
+    return call.loss, _differentiate(call, BOTH, x, upstream, scale, out, variant)
 
 
 def backward(
@@ -288,39 +285,28 @@ def backward(
     stats: RowStats,
     upstream: Any = None,
     scale: Any = 1.0,
-    class_dim: int = -1,
     out: Any = None,
     variant: str | None = None,
 ) -> Any:
     """Gradient of a prepared call; see `row_loss_backward`."""
-    outer = _prepare.row_shape(x, class_dim)
     for name in ("rest", "own", "shift")[: 3 if call.form.map == "softmax" else 2]:
         value = getattr(stats, name)
-        setattr(call, name, _prepare.vector(value, f"stats.{name}", outer, call.x, call.compute))
-    return _differentiate(call, BACKWARD, x, upstream, scale, class_dim, out, variant)
+        value = _prepare.vector(value, f"stats.{name}", call.shape, call.x, call.compute)
+        setattr(call, name, value)
+    return _differentiate(call, BACKWARD, x, upstream, scale, out, variant)
 
 
 def _differentiate(
-    call: RowCall,
-    mode: int,
-    x: Any,
-    upstream: Any,
-    scale: Any,
-    class_dim: int,
-    out: Any,
-    variant: str | None,
+    call: RowCall, mode: int, x: Any, upstream: Any, scale: Any, out: Any, variant: str | None
 ) -> Any:
     if upstream is not None:
-        outer = _prepare.row_shape(x, class_dim)
-        call.upstream = _prepare.vector(upstream, "upstream", outer, call.x, call.compute)
-    if isinstance(scale, (int, float)):
-        call.grad_scale = float(scale)
-    elif _arrays.device_of(call.x) == "cpu":
+        call.upstream = _prepare.vector(upstream, "upstream", call.shape, call.x, call.compute)
+    if isinstance(scale, (int, float)) or call.device == "cpu":
         call.grad_scale = float(scale)
     else:
         call.scale_tensor = _prepare.vector(scale, "scale", (1,), call.x, call.compute)
     grad = _output_pool.empty_like(x) if out is None else _gradient_out(x, out)
-    copied = _prepare.attach_gradient(call, grad, class_dim) if call.rows else None
+    copied = _prepare.attach_gradient(call, grad) if call.rows else None
     run(call, mode, variant)
     if copied is not None:
         _arrays.assign(grad, copied)
@@ -329,18 +315,18 @@ def _differentiate(
 
 def run(call: RowCall, mode: int, variant: str | None = None) -> None:
     """Run the best variant, or the named one, on a prepared call."""
-    function = _variants.choose("rowloss", _arrays.device_of(call.x), variant)
+    function = _variants.choose("rowloss", call.device, variant)
     if call.rows and call.classes:
         function(call, mode)
-    elif call.loss is not None and call.rows:
+    elif call.rows:
         raise InvalidInputError("x: expected at least one class")
 
 
-def _loss_out(call: RowCall, out: Any, shape: tuple[int, ...]) -> Any:
-    like = _arrays.View(0, call.rows, call.compute, _arrays.device_of(call.x), None)
-    if _arrays.writable_view(out, "out", like) is None or tuple(out.shape) != shape:
+def _loss_out(call: RowCall, out: Any) -> Any:
+    like = _arrays.View(0, call.rows, call.compute, call.device, None)
+    if _arrays.writable_view(out, "out", like) is None or tuple(out.shape) != call.shape:
         raise InvalidInputError(
-            f"out: expected a contiguous array of shape {shape}, got {tuple(out.shape)}"
+            f"out: expected a contiguous array of shape {call.shape}, got {tuple(out.shape)}"
         )
     return out
 

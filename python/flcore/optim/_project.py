@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ class Projection:
 
     def __call__(self, params: Tensor | Iterable[Tensor]) -> None:
         """Project the gradients of `params`."""
-        torch = require("torch", extra="torch")
+        torch: Any = sys.modules.get("torch") or require("torch", extra="torch")
         given: list[Any] = [params] if torch.is_tensor(params) else list(params)
         named = {id(p): (i, p) for i, p in reversed(list(enumerate(given)))}
         chosen = sorted(named.values(), key=lambda pair: pair[0])
@@ -99,7 +100,10 @@ class Projection:
             _check(torch, i, p, self.process_group)
         with torch.no_grad():
             if self.process_group is not None:
-                self._sharded(torch, chosen)
+                # collectives between kernels: outside of any compiled graph
+                compiling = torch.compiler.is_compiling()
+                sharded = torch.compiler.disable(self._sharded) if compiling else self._sharded
+                sharded(torch, chosen)
                 return
             chosen = [(i, p) for i, p in chosen if p.grad is not None]
             if torch.compiler.is_compiling():
