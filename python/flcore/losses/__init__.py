@@ -9,7 +9,11 @@ from flcore import _extras
 
 _extras.require("torch", "torch")
 
-from flcore.losses._comp_sum import (  # noqa: E402  (torch is checked first)
+from flcore.losses._collapse import (  # noqa: E402  (torch is checked first)
+    CollapseMetrics,
+    softmax_collapse_metrics,
+)
+from flcore.losses._comp_sum import (  # noqa: E402
     adversarial_inputs,
     comp_sum_loss,
     generalized_cross_entropy,
@@ -39,6 +43,7 @@ from flcore.losses._long_tail import (  # noqa: E402
     logit_adjusted_cross_entropy,
     restricted_softmax_cross_entropy,
 )
+from flcore.losses._stablemax import log_stablemax, stablemax  # noqa: E402
 from flcore.losses._vocab_parallel import (  # noqa: E402
     vocab_parallel_cross_entropy,
     vocab_parallel_stablemax_cross_entropy,
@@ -46,6 +51,7 @@ from flcore.losses._vocab_parallel import (  # noqa: E402
 
 __all__ = [
     "ALDRLoss",
+    "CollapseMetrics",
     "GlobalContrastiveLoss",
     "TwoModalityContrastiveLoss",
     "adjust_logits",
@@ -58,10 +64,13 @@ __all__ = [
     "generalized_cross_entropy",
     "ldr_loss",
     "linear_cross_entropy",
+    "log_stablemax",
     "logit_adjusted_cross_entropy",
     "mae_loss",
     "restricted_softmax_cross_entropy",
     "smooth_adversarial_comp_sum_loss",
+    "softmax_collapse_metrics",
+    "stablemax",
     "stablemax_cross_entropy",
     "stablemax_linear_cross_entropy",
     "sum_exponential_loss",

@@ -7,6 +7,19 @@ from flcore import _extras
 _extras.require("torch", "torch")
 
 from flcore.nn import functional  # noqa: E402  (torch is checked first)
+from flcore.nn._fixed import (  # noqa: E402
+    DSimplex,
+    EquiangularClassifier,
+    FedETFHead,
+    SimplexETF,
+    dot_regression_loss,
+)
+from flcore.nn._fixed_matrices import (  # noqa: E402
+    d_simplex,
+    equiangular_basis_vectors,
+    simplex_etf,
+    welch_bound,
+)
 from flcore.nn._linear_losses import (  # noqa: E402
     LinearCrossEntropyLoss,
     StableMaxLinearCrossEntropyLoss,
@@ -20,10 +33,19 @@ from flcore.nn._losses import (  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
+    "DSimplex",
+    "EquiangularClassifier",
+    "FedETFHead",
     "LinearCrossEntropyLoss",
     "LogStableMax",
+    "SimplexETF",
     "StableMax",
     "StableMaxCrossEntropyLoss",
     "StableMaxLinearCrossEntropyLoss",
+    "d_simplex",
+    "dot_regression_loss",
+    "equiangular_basis_vectors",
     "functional",
+    "simplex_etf",
+    "welch_bound",
 ]

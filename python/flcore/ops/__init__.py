@@ -11,6 +11,12 @@ from flcore.ops.moments import Moments, accumulate_moments, affine, moments, mom
 from flcore.ops.perp_grad import perp_grad
 from flcore.ops.rng import random_bits, random_normal, random_uniform
 from flcore.ops.select import select
+from flcore.ops.stablemax import (
+    log_stablemax,
+    log_stablemax_backward,
+    stablemax,
+    stablemax_backward,
+)
 
 __all__ = [
     "Controlled",
@@ -26,6 +32,8 @@ __all__ = [
     "control_step",
     "dequantize_sum",
     "gram",
+    "log_stablemax",
+    "log_stablemax_backward",
     "mask_add",
     "modular_sum",
     "moments",
@@ -35,4 +43,6 @@ __all__ = [
     "random_normal",
     "random_uniform",
     "select",
+    "stablemax",
+    "stablemax_backward",
 ]

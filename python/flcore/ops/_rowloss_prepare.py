@@ -59,8 +59,8 @@ def prepare(
     return call
 
 
-def class_axis(x: Any, class_dim: int) -> int:
-    """Check `x` and return the position of its class dimension."""
+def class_axis(x: Any, class_dim: int, name: str = "class_dim") -> int:
+    """Check `x` and return the position of its class dimension, the argument `name`."""
     if not _arrays.is_array(x):
         raise DTypeError(f"x: expected a NumPy array or a torch tensor, got {type(x).__name__}")
     if _arrays.dtype_name(x) not in _arrays.DTYPE_CODES:
@@ -72,9 +72,9 @@ def class_axis(x: Any, class_dim: int) -> int:
     try:
         axis = operator.index(class_dim)
     except TypeError:
-        raise DTypeError(f"class_dim: expected an integer, got {class_dim!r}") from None
+        raise DTypeError(f"{name}: expected an integer, got {class_dim!r}") from None
     if not -x.ndim <= axis < x.ndim:
-        raise InvalidInputError(f"class_dim: expected a dimension of {x.ndim}, got {class_dim}")
+        raise InvalidInputError(f"{name}: expected a dimension of {x.ndim}, got {class_dim}")
     return axis + x.ndim if axis < 0 else axis
 
 

@@ -198,7 +198,7 @@ def row_loss_gradient(
     >>> import numpy as np
     >>> from flcore.ops.rowloss import row_loss_gradient
     >>> row_loss_gradient(np.float32([[1, 0, -1]]), np.array([1]))[1]
-    array([[ 0.14285715, -0.71428573,  0.07142857]], dtype=float32)
+    array([[ 0.2857143 , -0.71428573,  0.07142857]], dtype=float32)
     """
     call = _prepare.prepare(x, target, form, class_dim, weight, log_prior, row_scale, valid_mask)
     if form.shard:
