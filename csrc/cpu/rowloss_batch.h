@@ -15,6 +15,27 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
+// Gradients of this size are written past the caches.
+constexpr int64_t BATCH_STREAM_BYTES = 8 << 20;
+
+FLCORE_INLINE void stream_vector(char* p, const vf32& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+// Other threads see what was streamed.
+FLCORE_INLINE void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <int MAP, int D>
 struct ColumnBatch {
   typedef typename RowCompute<D>::Vector V;
@@ -26,6 +47,7 @@ struct ColumnBatch {
 
   const RowLossArgs& a;
   const int mode, classes;
+  const bool stream;
   const V t;
   // of each group of rows
   int64_t first[GROUPS];
@@ -34,10 +56,17 @@ struct ColumnBatch {
   V shift[GROUPS], c[GROUPS], power[GROUPS], own_z[GROUPS], rest[GROUPS];
   V common[GROUPS], own_grad[GROUPS];
   ColumnPlace<const char> from;  // of the group that is read
+  alignas(64) char turned[HELD * VEC_BYTES];  // gradients on their way past the caches
   V x[HELD];  // [groups][classes] logits, then derivatives, then gradients
 
   ColumnBatch(const RowLossArgs& args, int m)
-      : a(args), mode(m), classes(int(args.classes)), t(splat<V>(T(args.logit_scale))) {}
+      : a(args),
+        mode(m),
+        classes(int(args.classes)),
+        stream(m != ROW_FORWARD && a.grad != a.x && a.grad_class_stride == 1 &&
+               a.grad_row_stride == a.classes && a.inner == a.rows && classes >= SIZE &&
+               a.rows * a.classes * dtype_bytes(D) >= BATCH_STREAM_BYTES),
+        t(splat<V>(T(args.logit_scale))) {}
 
   // Groups that fit.
   int capacity() const { return HELD / classes < GROUPS ? HELD / classes : GROUPS; }
@@ -155,17 +184,22 @@ struct ColumnBatch {
   }
 
   FLCORE_MEMBER void write(int g) {
-    V* const v = x + g * classes;
-    const V by = common[g], own = own_grad[g];
-    const I target = rows[g].target;
     ColumnPlace<char> to;
     place_rows(dtype_bytes(D), static_cast<char*>(a.grad), a.inner, a.grad_outer_stride, a.grad_row_stride,
                   a.grad_class_stride, first[g], n[g], WIDTH, to);
     if (!to.even || to.class_stride != 1 || classes < SIZE) {
-      for (int k = 0; k < classes; ++k) v[k] = target == N(k) ? own : by * v[k];
+      V* const v = x + g * classes;
+      for (int k = 0; k < classes; ++k)
+        v[k] = rows[g].target == N(k) ? own_grad[g] : common[g] * v[k];
       return write_columns<D>(to, n[g], 0, classes, v);
     }
-    const EvenRows<char> even(to.first, to.row_bytes);
+    write_even(g, EvenRows<char>(to.first, to.row_bytes));
+  }
+
+  FLCORE_MEMBER void write_even(int g, const EvenRows<char>& even) {
+    const V* const v = x + g * classes;
+    const V by = common[g], own = own_grad[g];
+    const I target = rows[g].target;
     for (int k = 0; k < classes; k += SIZE) {
       const int start = k + SIZE <= classes ? k : classes - SIZE;
       V q[SIZE];
@@ -175,6 +209,17 @@ struct ColumnBatch {
       });
       store_turned<D>(even, WIDTH, start, q);
     }
+  }
+
+  // All groups by way of the first-level cache; false if they do not fill whole vectors of memory.
+  FLCORE_MEMBER bool write_past_caches(int groups) {
+    const int64_t row = classes * dtype_bytes(D), bytes = groups * WIDTH * row;
+    char* const to = static_cast<char*>(a.grad) + first[0] * row;
+    if (n[groups - 1] != WIDTH || bytes % VEC_BYTES != 0) return false;
+    if (reinterpret_cast<uintptr_t>(to) % VEC_BYTES != 0) return false;
+    for (int g = 0; g < groups; ++g) write_even(g, EvenRows<char>(turned + g * WIDTH * row, row));
+    for (int64_t i = 0; i < bytes; i += VEC_BYTES) stream_vector(to + i, load<vf32>(turned + i));
+    return true;
   }
 
   void run(int groups) {
@@ -191,8 +236,8 @@ struct ColumnBatch {
       for (int g = 0; g < groups; ++g) sum<false>(g);
     }
     for (int g = 0; g < groups; ++g) finish(g);
-    if (mode != ROW_FORWARD)
-      for (int g = 0; g < groups; ++g) write(g);
+    if (mode == ROW_FORWARD || (stream && write_past_caches(groups))) return;
+    for (int g = 0; g < groups; ++g) write(g);
   }
 };
 

@@ -161,29 +161,43 @@ struct RowReader {
   }
 
   // body(terms, k, first) for all packs, whose first vector is number `first` of the group at k;
-  // group(k) before each group.
-  template <class Group, class Body>
+  // group(k) before each group. FAST: in loops of their own for the two kinds of groups.
+  template <bool FAST, class Group, class Body>
   static FLCORE_MEMBER void each(const RowBlock<D>& b, int64_t hole, const Group& group,
                                  const Body& body) {
     const int64_t with_hole = hole < 0 ? -1 : hole / GROUP * GROUP;
     Odd odd;
     for (int64_t k = 0; k < b.n; k += GROUP) {
+      const bool whole = k != with_hole && k + GROUP <= b.n;
+      if (FAST && !whole) continue;
       group(k);
       unroll<int(GROUP * dtype_bytes(D) / 64)>([&](auto j) FLCORE_LAMBDA {
         __builtin_prefetch(b.ahead + k * dtype_bytes(D) + 64 * j.value, 0, 2);
       });
-      const bool whole = k != with_hole && k + GROUP <= b.n;
-      if (!whole) odd_group(b, k, hole, odd);
+      if (!FAST && !whole) odd_group(b, k, hole, odd);
 #pragma GCC unroll 1
       for (int first = 0; first < VECTORS; first += PACK) {
         RowTerms<V> t[PACK];
-        if (whole) {
+        if (FAST || whole) {
 #pragma GCC unroll 4
           for (int i = 0; i < PACK; ++i) t[i] = terms(b, k + (first + i) * WIDTH);
         } else {
 #pragma GCC unroll 4
           for (int i = 0; i < PACK; ++i) t[i] = odd.terms((first + i) * WIDTH);
         }
+        body(t, k, first);
+      }
+    }
+    if (!FAST) return;
+    group(b.n - GROUP);
+    const int64_t tail = b.n / GROUP * GROUP;
+    for (int64_t k = with_hole < 0 ? tail : with_hole; k < b.n; k = k < tail ? tail : b.n) {
+      odd_group(b, k, hole, odd);
+#pragma GCC unroll 1
+      for (int first = 0; first < VECTORS; first += PACK) {
+        RowTerms<V> t[PACK];
+#pragma GCC unroll 4
+        for (int i = 0; i < PACK; ++i) t[i] = odd.terms((first + i) * WIDTH);
         body(t, k, first);
       }
     }

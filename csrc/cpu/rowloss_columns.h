@@ -335,6 +335,7 @@ static void columns_batches(const RowLossArgs& a, int mode, int64_t first, int64
     }
     batch.run(groups);
   }
+  if (batch.stream) stream_end();
 }
 
 template <int D>

@@ -71,7 +71,7 @@ __attribute__((noinline)) static void block_pass(
   const V c = splat<V>(part.c), n = splat<V>(part.n), m = splat<V>(part.m);
   RowWriter<D> w{};
   if constexpr (FUSED) w = *writer;
-  R::each(
+  R::template each<FORM != ROW_SPREAD>(
       b, b.hole,
       [&](int64_t k) FLCORE_LAMBDA {
         if constexpr (FUSED) w.until(k + R::GROUP);
@@ -132,7 +132,7 @@ __attribute__((noinline)) static void block_gradient(
   typedef RowReader<D, MAP, FORM> R;
   typedef typename R::V V;
   const V cs = splat<V>(c), ns = splat<V>(n);
-  R::each(
+  R::template each<false>(
       b, -1, [](int64_t) FLCORE_LAMBDA {},
       [&](const RowTerms<V>(&t)[R::PACK], int64_t k, int first) FLCORE_LAMBDA {
         V f[R::PACK], d[R::PACK];

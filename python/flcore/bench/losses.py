@@ -18,7 +18,7 @@ from flcore.bench.cases import Case, Setup, Workload, difference
 from flcore.bench.environment import optional
 from flcore.bench.timers import Contestant
 
-__all__ = ["CASES", "build_cross_entropy", "build_linear", "build_perp_grad"]
+__all__ = ["CASES", "build_cross_entropy", "build_linear"]
 
 CHECKED_ROWS = 16
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -207,57 +207,6 @@ def build_linear(setup: Setup, *, rows: int, hidden: int, classes: int) -> Workl
     )
 
 
-def build_perp_grad(setup: Setup, *, tensors: int, numel: int) -> Workload:
-    """Projection of the gradients of `tensors` parameters of `numel` values."""
-    from flcore.optim import perp_grad_
-
-    torch: Any = optional("torch")[0]
-    draw = torch.Generator().manual_seed(setup.seed)
-
-    def normal() -> Any:
-        return torch.empty(numel).normal_(0, 1, generator=draw).to(setup.device)
-
-    weights = [normal() for _ in range(tensors)]
-    start = [normal() for _ in range(tensors)]
-    for w, g in zip(weights, start, strict=True):
-        g.add_(w, alpha=0.5)
-        w.requires_grad_()
-    gradients = [g.clone() for g in start]
-    for w, g in zip(weights, gradients, strict=True):
-        w.grad = g
-
-    def reset() -> None:
-        for g, original in zip(gradients, start, strict=True):
-            g.copy_(original)
-
-    def ours(slot: int) -> list[Any]:
-        perp_grad_(weights)
-        return gradients
-
-    def chain(slot: int) -> list[Any]:
-        with torch.no_grad():
-            peers.perp_grad_step(weights, gradients)
-        return gradients
-
-    def head(result: list[Any]) -> np.ndarray:
-        return np.concatenate([g[:CHECKED_ROWS].double().cpu().numpy() for g in result])
-
-    wide = []
-    for w, g in zip(weights, start, strict=True):
-        a, b = w.detach().double(), g.double()
-        across = b - a * (a.dot(b) / a.dot(a))
-        wide.append(across * (b.norm() / across.norm()))
-    expected = head(wide)
-    contestants = [Contestant("flcore perp_grad_", ours, head, reset=reset, kind="ours")]
-    coarse = _check(expected, 1e-4)
-    contestants.append(Contestant("torch chain", chain, head, reset=reset, matches=coarse))
-    return Workload(
-        contestants=contestants,
-        matches=_check(expected, 1e-5),
-        bytes_moved=20 * tensors * numel,
-    )
-
-
 def _case(
     name: str, title: str, rows: int, classes: int, kind: str, dtype: str = "float32"
 ) -> Case:
@@ -295,17 +244,5 @@ CASES = [
         devices=("cpu", "cuda"),
         needs=("torch",),
         note="Bound by arithmetic: the products alone are the contestant to compare with.",
-    ),
-    Case(
-        name="perp_grad_10x1m",
-        family="losses",
-        title="PerpGrad of 10 tensors of 1,000,000 values",
-        formula="20·d: read weight and gradient twice, write the gradient",
-        build=build_perp_grad,
-        sizes={"tensors": 10, "numel": 1_000_000},
-        tiny={"tensors": 3, "numel": 10_007},
-        bound="copy",
-        devices=("cpu", "cuda"),
-        needs=("torch",),
     ),
 ]
