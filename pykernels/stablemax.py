@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from flcore.ops._stablemax_call import StableMaxCall
 from flcore.pykernels.rowloss_terms import add_up, row_offset, store_rounded
+
+from flcore.ops._stablemax_call import StableMaxCall
 
 __all__ = ["stablemax"]
 

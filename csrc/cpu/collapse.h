@@ -1,7 +1,7 @@
 // How many rows of logits have lost their loss to rounding, in one read of the logits (Prieto et
 // al., "Grokking at the Edge of Numerical Stability", ICLR 2025): with u the unit roundoff and m
 // the largest logit of a row,
-//   softmax collapse: E = sum_{j != m} exp(z_j - m) <= u, so that the sum of the softmax rounds to 1
+//   softmax collapse: E = sum_{j != m} exp(z_j - m) <= u, so that the softmax sum rounds to 1
 //   zero loss:        a collapsed row whose target has the largest logit
 //   StableMax:        R = sum_{j != y} s(z_j) <= u s(z_y)
 // A block is visited twice in the cache closest to the core: for its largest value, then for sums.

@@ -15,6 +15,7 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
+constexpr int64_t BATCH_AHEAD = 2048;  // bytes that logits are fetched ahead
 // Gradients of this size are written past the caches.
 constexpr int64_t BATCH_STREAM_BYTES = 8 << 20;
 
@@ -56,7 +57,11 @@ struct ColumnBatch {
   V shift[GROUPS], c[GROUPS], power[GROUPS], own_z[GROUPS], rest[GROUPS];
   V common[GROUPS], own_grad[GROUPS];
   ColumnPlace<const char> from;  // of the group that is read
-  alignas(64) char turned[HELD * VEC_BYTES];  // gradients on their way past the caches
+  // gradients on their way past the caches
+  const char* drained = nullptr;
+  char* drain_to = nullptr;
+  int64_t waiting = 0;
+  alignas(64) char turned[HELD * VEC_BYTES];
   V x[HELD];  // [groups][classes] logits, then derivatives, then gradients
 
   ColumnBatch(const RowLossArgs& args, int m)
@@ -71,12 +76,23 @@ struct ColumnBatch {
   // Groups that fit.
   int capacity() const { return HELD / classes < GROUPS ? HELD / classes : GROUPS; }
 
+  // Where the gradient of later groups goes: their pages are found while there is other work.
+  FLCORE_MEMBER void fetch_gradient(int g) const {
+    const int64_t row = classes * dtype_bytes(D);
+    const char* const to = static_cast<const char*>(a.grad) + first[g] * row + BATCH_AHEAD;
+    for (int64_t i = 0; i < WIDTH * row; i += 1024) __builtin_prefetch(to + i, 1);
+  }
+
   // Whether whole pieces of all rows can be read, and none has to be masked.
   FLCORE_MEMBER bool place(int g) {
     rows[g] = column_targets<V>(a, first[g], n[g]);
-    place_rows(dtype_bytes(D), static_cast<const char*>(a.x), a.inner, a.outer_stride, a.row_stride,
-                  a.class_stride, first[g], n[g], WIDTH, from);
-    return from.even && from.class_stride == 1 && classes >= SIZE && !any_lane(~rows[g].keep);
+    place_rows(logits_of(a), first[g], n[g], WIDTH, from);
+    const bool near = from.even && from.class_stride == 1;
+    if (near && from.row_bytes <= 2 * classes * dtype_bytes(D))
+      for (int64_t i = 0; i < WIDTH * from.row_bytes; i += 64)
+        __builtin_prefetch(from.first + BATCH_AHEAD + i);
+    if (stream) fetch_gradient(g);
+    return near && classes >= SIZE && !any_lane(~rows[g].keep);
   }
 
   FLCORE_MEMBER void read(int g, bool direct) {
@@ -185,8 +201,7 @@ struct ColumnBatch {
 
   FLCORE_MEMBER void write(int g) {
     ColumnPlace<char> to;
-    place_rows(dtype_bytes(D), static_cast<char*>(a.grad), a.inner, a.grad_outer_stride, a.grad_row_stride,
-                  a.grad_class_stride, first[g], n[g], WIDTH, to);
+    place_rows(gradient_of(a), first[g], n[g], WIDTH, to);
     if (!to.even || to.class_stride != 1 || classes < SIZE) {
       V* const v = x + g * classes;
       for (int k = 0; k < classes; ++k)
@@ -217,9 +232,26 @@ struct ColumnBatch {
     char* const to = static_cast<char*>(a.grad) + first[0] * row;
     if (n[groups - 1] != WIDTH || bytes % VEC_BYTES != 0) return false;
     if (reinterpret_cast<uintptr_t>(to) % VEC_BYTES != 0) return false;
+    drain(waiting);
     for (int g = 0; g < groups; ++g) write_even(g, EvenRows<char>(turned + g * WIDTH * row, row));
-    for (int64_t i = 0; i < bytes; i += VEC_BYTES) stream_vector(to + i, load<vf32>(turned + i));
+    drained = turned;
+    drain_to = to;
+    waiting = bytes;
     return true;
+  }
+
+  // Sends off some of what waits in `turned`: little by little, so that it takes no time.
+  FLCORE_MEMBER void drain(int64_t most) {
+    for (int64_t left = most < waiting ? most : waiting; left > 0; left -= VEC_BYTES) {
+      stream_vector(drain_to, load<vf32>(drained));
+      drained += VEC_BYTES;
+      drain_to += VEC_BYTES;
+      waiting -= VEC_BYTES;
+    }
+  }
+  void finish_writing() {
+    drain(waiting);
+    if (stream) stream_end();
   }
 
   void run(int groups) {
@@ -230,6 +262,7 @@ struct ColumnBatch {
       else
         read(g, direct);
       if (MAP != ROW_SOFTMAX && !direct) sum<false>(g);
+      if (stream) drain(classes * int64_t(VEC_BYTES));
     }
     if (MAP == ROW_SOFTMAX) {
       for (int g = 0; g < groups; ++g) find_shift(g);

@@ -89,7 +89,7 @@ struct ColumnGroup {
       for (int j = 0; j < count; ++j) x[j] = kept(x[j]);
     if (a.soft) {
       ColumnPlace<const char> at;
-      place_rows(dtype_bytes(a.dtype), static_cast<const char*>(a.soft), a.rows, 0, a.classes, 1, first, n, WIDTH, at);
+      place_rows(soft_of(a), first, n, WIDTH, at);
       read_columns(a.dtype, at, n, k, count, q);
     }
   }
@@ -118,7 +118,7 @@ struct ColumnGroup {
     }
     return MAP == ROW_SOFTMAX ? g - shift : g;
   }
-  FLCORE_MEMBER bool has_targets() const { return (a.soft || a.smoothing != 0); }
+  FLCORE_MEMBER bool has_targets() const { return a.soft || a.smoothing != 0; }
   // u_k
   FLCORE_MEMBER V target_weight(int64_t k, int j) const {
     T spread = 0;
@@ -161,7 +161,9 @@ struct ColumnGroup {
     };
     int j = 0;
     for (; j + 4 <= count; j += 4)
-      unroll<4>([&](auto i) FLCORE_LAMBDA { one(j + decltype(i)::value, part[decltype(i)::value]); });
+      unroll<4>([&](auto i) FLCORE_LAMBDA {
+        one(j + decltype(i)::value, part[decltype(i)::value]);
+      });
     for (; j < count; ++j) one(j, part[j & 3]);
     add_wide(rest, (part[0] + part[1]) + (part[2] + part[3]));
   }
@@ -254,8 +256,7 @@ struct ColumnGroup {
     some_ignored = any_lane(~rows.keep);
     ColumnPlace<char> to;
     if (mode != ROW_FORWARD)
-      place_rows(dtype_bytes(a.dtype), static_cast<char*>(a.grad), a.inner, a.grad_outer_stride, a.grad_row_stride,
-                    a.grad_class_stride, first, n, WIDTH, to);
+      place_rows(gradient_of(a), first, n, WIDTH, to);
     if (!any_lane(rows.keep)) {
       if (mode != ROW_BACKWARD) write_stats(V{}, V{}, V{});
       if (mode == ROW_FORWARD) return;
@@ -263,8 +264,7 @@ struct ColumnGroup {
       for (int64_t k = 0; k < a.classes; k += COLUMNS) write_columns(a.dtype, to, n, k, held(k), x);
       return;
     }
-    place_rows(dtype_bytes(a.dtype), static_cast<const char*>(a.x), a.inner, a.outer_stride, a.row_stride,
-                  a.class_stride, first, n, WIDTH, from);
+    place_rows(logits_of(a), first, n, WIDTH, from);
     const bool whole = a.classes <= COLUMNS;
     t = splat<V>(T(a.logit_scale));
     if (a.row_scale) t *= some_lanes<V>(a.row_scale, first, n, T(1));
@@ -335,7 +335,7 @@ static void columns_batches(const RowLossArgs& a, int mode, int64_t first, int64
     }
     batch.run(groups);
   }
-  if (batch.stream) stream_end();
+  batch.finish_writing();
 }
 
 template <int D>

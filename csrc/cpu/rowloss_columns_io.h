@@ -91,17 +91,35 @@ struct ColumnPlace {
   FLCORE_MEMBER Char* row(int r) const { return even ? first + r * row_bytes : start[r]; }
 };
 
+// Element (i, k) of an array, as RowLossArgs tells it.
 template <class Char>
-FLCORE_INLINE void place_rows(int64_t bytes, Char* base, int64_t inner, int64_t outer_stride, int64_t row_stride,
-                              int64_t class_stride, int64_t first, int n, int width,
+struct ColumnArray {
+  Char* base;
+  int64_t bytes, inner, outer_stride, row_stride, class_stride;
+};
+FLCORE_INLINE ColumnArray<const char> logits_of(const RowLossArgs& a) {
+  return {static_cast<const char*>(a.x), dtype_bytes(a.dtype), a.inner,
+          a.outer_stride,                a.row_stride,         a.class_stride};
+}
+FLCORE_INLINE ColumnArray<const char> soft_of(const RowLossArgs& a) {
+  return {static_cast<const char*>(a.soft), dtype_bytes(a.dtype), a.rows, 0, a.classes, 1};
+}
+FLCORE_INLINE ColumnArray<char> gradient_of(const RowLossArgs& a) {
+  return {static_cast<char*>(a.grad), dtype_bytes(a.dtype), a.inner,
+          a.grad_outer_stride,        a.grad_row_stride,    a.grad_class_stride};
+}
+
+template <class Char>
+FLCORE_INLINE void place_rows(const ColumnArray<Char>& array, int64_t first, int n, int width,
                               ColumnPlace<Char>& p) {
+  const int64_t inner = array.inner, bytes = array.bytes;
   int64_t outer = 0, within = first;
   if (first >= inner) outer = first / inner, within = first % inner;
-  Char* at = base + (outer * outer_stride + within * row_stride) * bytes;
+  Char* at = array.base + (outer * array.outer_stride + within * array.row_stride) * bytes;
   p.first = at;
-  p.class_stride = class_stride;
-  p.row_bytes = row_stride * bytes;
-  p.beside = row_stride == 1 && within + n <= inner;
+  p.class_stride = array.class_stride;
+  p.row_bytes = array.row_stride * bytes;
+  p.beside = array.row_stride == 1 && within + n <= inner;
   p.even = n == width && within + n <= inner;
   if (p.even) return;
   for (int r = 0; r < width; ++r) {
@@ -109,15 +127,15 @@ FLCORE_INLINE void place_rows(int64_t bytes, Char* base, int64_t inner, int64_t 
     at += p.row_bytes;
     if (++within == inner) {
       within = 0;
-      at = base + ++outer * outer_stride * bytes;
+      at = array.base + ++outer * array.outer_stride * bytes;
     }
   }
 }
 
 // v[j] = logits k + j of the rows
 template <int D>
-FLCORE_NOINLINE static void read_columns(const ColumnPlace<const char>& p, int n, int64_t k, int count,
-                         typename RowCompute<D>::Vector* v) {
+FLCORE_NOINLINE static void read_columns(const ColumnPlace<const char>& p, int n, int64_t k,
+                                         int count, typename RowCompute<D>::Vector* v) {
   typedef typename RowCompute<D>::Vector V;
   typedef typename RowCompute<D>::Number T;
   constexpr int WIDTH = Real<V>::WIDTH;
@@ -144,7 +162,7 @@ FLCORE_NOINLINE static void read_columns(const ColumnPlace<const char>& p, int n
 
 template <int D>
 FLCORE_NOINLINE static void write_columns(const ColumnPlace<char>& p, int n, int64_t k, int count,
-                          const typename RowCompute<D>::Vector* v) {
+                                          const typename RowCompute<D>::Vector* v) {
   typedef typename RowCompute<D>::Vector V;
   typedef typename RowCompute<D>::Number T;
   constexpr int WIDTH = Real<V>::WIDTH;

@@ -13,6 +13,7 @@
 #include "cpu/rowloss_access.h"
 #include "cpu/rowloss_blocks.h"
 #include "cpu/rowloss_epilogue.h"
+#include "cpu/rowloss_source.h"
 #include "cpu/rowloss_step.h"
 #include "cpu/rowloss_store.h"
 #include "cpu/rowmap.h"
@@ -25,9 +26,6 @@ namespace FLCORE_ISA {
 constexpr int64_t KEPT_BYTES = 1 << 20;  // f' of a row that is kept at most
 constexpr int64_t STREAM_BYTES = 8 << 20;  // gradients of this size are written past the caches
 
-FLCORE_INLINE int64_t row_blocks(const RowLossArgs& a) {
-  return (a.classes + ROW_BLOCK - 1) / ROW_BLOCK;
-}
 FLCORE_INLINE int64_t kept_bytes(const RowLossArgs& a) {
   const int64_t bytes = (a.classes + 63) / 64 * 64 * (a.dtype == F64 ? 8 : 4);
   const bool wanted = a.grad && !a.soft && a.smoothing == 0 && bytes <= KEPT_BYTES;
@@ -42,48 +40,34 @@ static int64_t rows_scratch(const RowLossArgs& a) {
 }
 
 template <int D>
-class RowVisitor {
-  typedef typename RowCompute<D>::Number T;
-  static constexpr int C = D == F64 ? F64 : F32;  // compute type
+class RowVisitor : RowSource<D> {
+  typedef RowSource<D> Source;
+  typedef typename Source::T T;
+  typedef typename Source::Row Row;
+  using Source::a_;
+  using Source::at_;
+  using Source::blocks_;
+  using Source::computed;
+  using Source::size;
+  using Source::stored;
+  static constexpr int C = Source::C;
   static constexpr double INF = __builtin_inf();
 
-  const RowLossArgs& a_;
-  const RowAccess<D> at_;
-  const bool exp_, plain_;
+  const bool exp_;
   const RowKernels<C> kernels_;
-  const RowFused<D> fused_;
-  const int64_t blocks_;
-  const double spread_;
+  const RowDirect<D> direct_;
   T* const kept_;
   RowPart<T>* const parts_;
   double* const powers_;  // exp of (the target's logit, then each block's shift) - m
   T* const factors_;      // of the row that is written, for each block
   const bool stream_;
 
-  // A row, and what is known of it once its sums are.
-  struct Row {
-    int64_t i, y;
-    const char* x;
-    char* grad;
-    T scale;
-    double upstream;             // times the logit scale
-    double shift, common, own;   // own: the gradient's entry of the target
-    RowTerms<T> term;            // of the target
-    double f, rho;               // of the target, f with the prior, a multiple of exp(shift)
-  };
-
  public:
   RowVisitor(const RowLossArgs& a, char* scratch)
-      : a_(a),
-        at_(a),
+      : Source(a),
         exp_(a.map == ROW_SOFTMAX),
-        plain_(!a.soft && a.smoothing == 0 && !a.prior && a.margin == 0 && a.logit_scale == 1 &&
-               !a.row_scale),
-        kernels_(a.soft || a.smoothing != 0 ? row_kernels<C, ROW_SPREAD>(a.map)
-                                            : row_kernels<C, ROW_AFFINE>(a.map)),
-        fused_(row_fused<D>(a, plain_)),
-        blocks_(row_blocks(a)),
-        spread_(a.smoothing != 0 ? a.smoothing / a.classes_present : 0.0),
+        kernels_(row_kernels<C>(a)),
+        direct_(row_direct<D>(a)),
         kept_(kept_bytes(a) ? reinterpret_cast<T*>(scratch) : nullptr),
         parts_(reinterpret_cast<RowPart<T>*>(scratch + whole_lines(kept_bytes(a)))),
         powers_(reinterpret_cast<double*>(
@@ -188,63 +172,16 @@ class RowVisitor {
     if (stream_) __builtin_prefetch(grad + a_.classes * dtype_bytes(D) - 1, 1);  // part of a line
     return Row{i, at_.target(i), at_.x(i), grad, T(t), t * at_.upstream(i), 0, 0, 0, {}, 0, 0};
   }
-  int64_t size(int64_t b) const {
-    const int64_t rest = a_.classes - b * ROW_BLOCK;
-    return rest < ROW_BLOCK ? rest : ROW_BLOCK;
-  }
-  // Block b of a row, of logits (and soft targets) at x.
-  template <int S>
-  RowBlock<S> block(const Row& row, int64_t b, const char* x, const char* soft) const {
-    const int64_t k = b * ROW_BLOCK, n = size(b);
-    const T* prior = static_cast<const T*>(a_.prior);
-    const T* weight = static_cast<const T*>(a_.weight);
-    return RowBlock<S>{x,
-                       n,
-                       row.y >= k && row.y < k + n ? row.y - k : -1,
-                       row.scale,
-                       T(a_.labels ? a_.margin : 0.0),
-                       prior ? prior + k : nullptr,
-                       weight ? weight + k : nullptr,
-                       soft,
-                       T(1 - a_.smoothing),
-                       T(spread_),
-                       S == D ? ahead(row, b) : x};
-  }
-  const char* soft(const Row& row, int64_t k) const {
-    if (!a_.soft) return nullptr;
-    return static_cast<const char*>(a_.soft) + (row.i * a_.classes + k) * dtype_bytes(D);
-  }
-  // What is read after this block.
-  const char* ahead(const Row& row, int64_t b) const {
-    if (b + 1 < blocks_) return row.x + (b + 1) * ROW_BLOCK * dtype_bytes(D);
-    return row.i + 1 < a_.rows ? at_.x(row.i + 1) : row.x;
-  }
-  RowBlock<D> stored(const Row& row, int64_t b) const {
-    const int64_t k = b * ROW_BLOCK;
-    return block<D>(row, b, row.x + k * dtype_bytes(D), soft(row, k));
-  }
-  // body(block) with a block of the compute type
-  template <class Body>
-  void computed(const Row& row, int64_t b, const Body& body) const {
-    if constexpr (C == D) {
-      body(stored(row, b));
-    } else {
-      alignas(64) T x[ROW_BLOCK], q[ROW_BLOCK];
-      const int64_t k = b * ROW_BLOCK, n = size(b);
-      row_floats<D>(row.x + k * dtype_bytes(D), ahead(row, b), n, x);
-      const char* from = soft(row, k);
-      if (from) row_floats<D>(from, from, n, q);
-      body(block<C>(row, b, reinterpret_cast<const char*>(x),
-                    from ? reinterpret_cast<const char*>(q) : nullptr));
-    }
-  }
 
   // ---- sums ------------------------------------------------------------------------------------
 
   void sums(const Row& row, int64_t b) const {
-    computed(row, b, [&](const RowBlock<C>& block) {
-      kernels_.sums(block, parts_[b], nullptr, nullptr);
-    });
+    if (direct_.sums)
+      direct_.sums(stored(row, b), parts_[b], nullptr, nullptr);
+    else
+      computed(row, b, [&](const RowBlock<C>& block) {
+        kernels_.sums(block, parts_[b], nullptr, nullptr);
+      });
   }
 
   // Reads a block, keeping f', after or while writing that of the row before.
@@ -252,8 +189,8 @@ class RowVisitor {
     RowWriter<D> writer{};
     T* const kept = kept_ + b * ROW_BLOCK;
     if (last) start_writer(*last, b, kept, factors_[b], writer);
-    if (fused_) {
-      fused_(stored(row, b), parts_[b], kept, &writer);
+    if (direct_.step) {
+      direct_.step(stored(row, b), parts_[b], kept, &writer);
     } else {
       writer.finish();
       computed(row, b, [&](const RowBlock<C>& block) {
@@ -273,11 +210,11 @@ class RowVisitor {
     return g[0] + (a_.prior ? row_log(double(row.term.prior)) : 0.0);
   }
 
-  // The target's terms; softmax: its logit - m in powers[0].
   void own_terms(Row& row) const {
     row.term = RowTerms<T>{T(-INF), T(0), T(0)};
     if (row.y >= 0) row.term = row_term<D>(stored(row, 0), row.y, T(0), exp_);
   }
+  // f and rho of the target; powers[0] is its exponential.
   void own_values(Row& row) const {
     const double z = double(row.term.z), prior = double(row.term.prior);
     row.f = row.rho = 0;
@@ -351,14 +288,17 @@ class RowVisitor {
     row.common = f.common;
     row.own = f.own_common * row.f * row.rho -
               (f.own_rho + row.upstream * double(row.term.u)) * row.rho;
-    if (row.rho == 0 && f.common == f.common) row.own = 0;  // a masked class, whatever the loss
+    if (row.rho == 0) row.own = 0;  // a masked class, whatever the loss
+    if (f.common != f.common) row.own = f.common;
   }
 
   // ---- gradients -------------------------------------------------------------------------------
 
   void block_factor(const Row& row, int64_t b) const {
     double by = row.common;
-    if (exp_) {
+    if (by != by) {  // the same NaN everywhere, whichever there are in the row
+      __builtin_memset(kept_ + b * ROW_BLOCK, 0, size_t(size(b)) * sizeof(T));
+    } else if (exp_) {
       const RowPart<T>& part = parts_[b];
       by *= powers_[b + 1];
       // large exponentials that were not shifted: by alone would underflow
@@ -384,18 +324,26 @@ class RowVisitor {
 
   void gradient(const Row& row, int64_t b) const {
     alignas(64) T entries[ROW_BLOCK];
-    T c = 0, n = 0;
-    double common = row.common;
-    if (exp_) {
-      block_shift(T(row.shift), c, n);
-      common *= row_exp_full(exponent(c, n, row.shift));
-    }
-    computed(row, b, [&](const RowBlock<C>& block) {
-      kernels_.gradient(block, c, n, T(common), T(row.upstream), entries);
-    });
     RowWriter<D> writer;
     start_writer(row, b, entries, T(1), writer);
-    writer.finish();
+    if (row.common != row.common) {
+      for (int64_t k = 0; k < ROW_BLOCK; ++k) entries[k] = T(row.common);
+      writer.finish();
+      return;
+    }
+    RowSlope<T> by{0, 0, T(row.common), T(row.upstream)};
+    if (exp_) {
+      block_shift(T(row.shift), by.c, by.n);
+      by.common = T(row.common * row_exp_full(exponent(by.c, by.n, row.shift)));
+    }
+    if (direct_.gradient) {
+      direct_.gradient(stored(row, b), by, entries, &writer);
+    } else {
+      computed(row, b, [&](const RowBlock<C>& block) {
+        kernels_.gradient(block, by, entries, nullptr);
+      });
+      writer.finish();
+    }
   }
 
   void zero(const Row& row) const {

@@ -25,6 +25,12 @@ struct RowPart {
   T m, c, n;
 };
 
+// How the gradient of a row is made of f' (softmax: exp(z - c) 2^-n) and u rho.
+template <class T>
+struct RowSlope {
+  T c, n, common, spread;
+};
+
 // Shift of exponentials up to exp(m): none while they stay within exp(-8) and exp(40), so that all
 // down to exp(-79) of the largest are normal numbers and a sum of them is finite.
 template <class T>
@@ -56,7 +62,7 @@ __attribute__((noinline)) static double lane_total(V* acc) {
 }
 
 // Sums of a block; f' goes to `kept` unless that is null. SHIFTED: m, c and n are given; else softmax
-// looks for m. W: a writer (FUSED, and D its dtype) that writes what stood in `kept` before.
+// looks for m. FUSED: the writer writes what stood in `kept` before.
 template <int D, int MAP, int FORM, bool SHIFTED, bool FUSED>
 __attribute__((noinline)) static void block_pass(
     const RowBlock<D>& b, RowPart<typename RowCompute<D>::Number>& part,
@@ -122,41 +128,50 @@ static void block_sums(const RowBlock<D>& b, RowPart<typename RowCompute<D>::Num
   }
 }
 
-// The gradient of a block from its logits into `entries`: common f' - spread u rho, where the
-// target's entry is not its own one yet. Whole groups are written.
+// The gradient of a block from its logits into `entries`, whole groups: common f' - spread u rho, but
+// for the target, whose entry the writer knows. A writer, if there is one, follows on the heels.
 template <int D, int MAP, int FORM>
 __attribute__((noinline)) static void block_gradient(
-    const RowBlock<D>& b, typename RowCompute<D>::Number c, typename RowCompute<D>::Number n,
-    typename RowCompute<D>::Number common, typename RowCompute<D>::Number spread,
-    typename RowCompute<D>::Number* entries) {
+    const RowBlock<D>& b, const RowSlope<typename RowCompute<D>::Number>& by,
+    typename RowCompute<D>::Number* entries, RowWriter<D>* writer) {
   typedef RowReader<D, MAP, FORM> R;
   typedef typename R::V V;
-  const V cs = splat<V>(c), ns = splat<V>(n);
+  const V c = splat<V>(by.c), n = splat<V>(by.n);
+  RowWriter<D> w{};
+  if (writer) w = *writer;
   R::template each<false>(
-      b, -1, [](int64_t) FLCORE_LAMBDA {},
+      b, -1, [&](int64_t k) FLCORE_LAMBDA { w.until(k - R::GROUP + 1); },
       [&](const RowTerms<V>(&t)[R::PACK], int64_t k, int first) FLCORE_LAMBDA {
         V f[R::PACK], d[R::PACK];
-        R::template map<true>(b, t, cs, ns, f, d);
+        R::template map<true>(b, t, c, n, f, d);
 #pragma GCC unroll 4
         for (int i = 0; i < R::PACK; ++i) {
-          V g = d[i] * common;
+          V g = d[i] * by.common;
           if constexpr (FORM == ROW_SPREAD) {
             const V rho = row_rho<MAP>(t[i].z);
-            g = g - (rho == V{} ? V{} : t[i].u * spread * rho);
+            g = g - (rho == V{} ? V{} : t[i].u * by.spread * rho);
           }
           store(entries + k + (first + i) * R::WIDTH, g);
         }
       });
+  w.until(w.n);
 }
 
 // ---- choice of the functions --------------------------------------------------------------------
 
-// D: F32 or F64, the compute type; logits of other types are converted first, a block at a time.
+template <int D>
+using RowSumsFn = void (*)(const RowBlock<D>&, RowPart<typename RowCompute<D>::Number>&,
+                           typename RowCompute<D>::Number*, RowWriter<D>*);
+
+template <int D>
+using RowGradientFn = void (*)(const RowBlock<D>&, const RowSlope<typename RowCompute<D>::Number>&,
+                               typename RowCompute<D>::Number*, RowWriter<D>*);
+
+// All of what there is, for the compute types.
 template <int D>
 struct RowKernels {
-  typedef typename RowCompute<D>::Number T;
-  void (*sums)(const RowBlock<D>&, RowPart<T>&, T*, RowWriter<D>*);
-  void (*gradient)(const RowBlock<D>&, T, T, T, T, T*);
+  RowSumsFn<D> sums;
+  RowGradientFn<D> gradient;
 };
 
 template <int D, int FORM>
@@ -167,19 +182,34 @@ static RowKernels<D> row_kernels(int map) {
     return {block_sums<D, ROW_STABLEMAX, FORM, false>, block_gradient<D, ROW_STABLEMAX, FORM>};
   return {block_sums<D, ROW_TAYLOR, FORM, false>, block_gradient<D, ROW_TAYLOR, FORM>};
 }
+template <int D>
+static RowKernels<D> row_kernels(const RowLossArgs& a) {
+  if (a.soft || a.smoothing != 0) return row_kernels<D, ROW_SPREAD>(a.map);
+  return row_kernels<D, ROW_AFFINE>(a.map);
+}
 
-// The fused pass from the stored type, for what is used most: float32 and bfloat16 logits and nothing
-// else. Null: none.
+// What is used most, from the stored type: labels and logits and nothing else. Null: none.
 template <int D>
-using RowFused = void (*)(const RowBlock<D>&, RowPart<typename RowCompute<D>::Number>&,
-                          typename RowCompute<D>::Number*, RowWriter<D>*);
+struct RowDirect {
+  RowSumsFn<D> sums, step;  // step writes as well
+  RowGradientFn<D> gradient;
+};
+
 template <int D>
-static RowFused<D> row_fused(const RowLossArgs& a, bool plain) {
-  if constexpr (D == F32 || D == BF16) {
-    if (plain && a.map == ROW_SOFTMAX) return block_sums<D, ROW_SOFTMAX, ROW_PLAIN, true>;
-    if (plain && a.map == ROW_STABLEMAX) return block_sums<D, ROW_STABLEMAX, ROW_PLAIN, true>;
+static RowDirect<D> row_direct(const RowLossArgs& a) {
+  if constexpr (D != F64) {
+    const bool plain = !a.soft && a.smoothing == 0 && !a.prior && a.margin == 0 &&
+                       a.logit_scale == 1 && !a.row_scale;
+    if (plain && a.map == ROW_SOFTMAX)
+      return {block_sums<D, ROW_SOFTMAX, ROW_PLAIN, false>,
+              block_sums<D, ROW_SOFTMAX, ROW_PLAIN, true>,
+              block_gradient<D, ROW_SOFTMAX, ROW_PLAIN>};
+    if (plain && a.map == ROW_STABLEMAX)
+      return {block_sums<D, ROW_STABLEMAX, ROW_PLAIN, false>,
+              block_sums<D, ROW_STABLEMAX, ROW_PLAIN, true>,
+              block_gradient<D, ROW_STABLEMAX, ROW_PLAIN>};
   }
-  return nullptr;
+  return {nullptr, nullptr, nullptr};
 }
 
 }  // namespace FLCORE_ISA

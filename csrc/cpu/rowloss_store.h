@@ -18,17 +18,27 @@ FLCORE_INLINE int64_t row_peel(const void* p) {
   return bytes % dtype_bytes(D) ? -1 : bytes / dtype_bytes(D);
 }
 
-// Rounds to bfloat16, which are the high halves then. A NaN's payload has no low bits here that
-// could carry upwards: it came from a bfloat16.
+// Rounds to bfloat16, which are the high halves then. As the processors' own instruction does it,
+// numbers below 2^-126 become 0 of their sign. A NaN's payload has no low bits here that could carry upwards: it
+// is that of the constant.
 FLCORE_INLINE vu32 bf16_bits(const vf32& x) {
   const vu32 u = (vu32)x;
 #if defined(__AVX512F__)
-  const __m512i v = (__m512i)(u + 0x7fffu);
-  return (vu32)_mm512_mask_add_epi32(v, _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(1 << 16)),
-                                     v, _mm512_set1_epi32(1));
+  const __m512i exponent = _mm512_set1_epi32(0x7f800000), last = _mm512_set1_epi32(1 << 16);
+  const __mmask16 normal = _mm512_test_epi32_mask((__m512i)u, exponent);
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, last);
+  const __m512i v = _mm512_mask_add_epi32((__m512i)(u & 0x80000000u), normal, (__m512i)u,
+                                          _mm512_set1_epi32(0x7fff));
+  return (vu32)_mm512_mask_add_epi32(v, odd & normal, v, _mm512_set1_epi32(1));
 #else
-  return u + 0x7fffu + ((u >> 16) & 1u);
+  return (u & 0x7f800000u) != 0 ? u + 0x7fffu + ((u >> 16) & 1u) : u & 0x80000000u;
 #endif
+}
+
+// One entry, by the same rule.
+template <int D, class T>
+FLCORE_INLINE void row_store(char* p, int64_t i, T x) {
+  store1<D>(p, i, D == BF16 && x > T(-0x1p-126) && x < T(0x1p-126) ? x * T(0) : x);
 }
 
 #if defined(__AVX512F__)
@@ -36,14 +46,19 @@ typedef __m512i RowHalves;  // two vectors of 16-bit values
 template <int D>
 FLCORE_INLINE RowHalves row_halves(const vf32& a, const vf32& b) {
   if constexpr (D == BF16) {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
     alignas(64) static constexpr uint16_t ODD[32] = {
         1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     return _mm512_permutex2var_epi16((__m512i)bf16_bits(a), load<__m512i>(ODD),
                                      (__m512i)bf16_bits(b));
+#endif
   } else {
-    const __m256i low = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)a, _MM_FROUND_TO_NEAREST_INT);
-    const __m256i high = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)b, _MM_FROUND_TO_NEAREST_INT);
+    constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT;
+    const __m256i low = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)a, NEAREST);
+    const __m256i high = _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)b, NEAREST);
     return _mm512_maskz_inserti64x4(__mmask8(0xff), _mm512_castsi256_si512(low), high, 1);
   }
 }
@@ -127,6 +142,7 @@ struct RowWriter {
   T factor;
   char* grad;
   int64_t n, at;
+  int64_t peel;  // entries before the first cache line
   bool stream;
   int64_t hole;  // place of the target, or -1
   T own;         // and its entry
@@ -134,9 +150,9 @@ struct RowWriter {
   void start(const T* from, T by, char* to, int64_t count, bool past_caches, int64_t target,
              T entry) {
     values = from, factor = by, grad = to, n = count, at = 0, hole = target, own = entry;
-    const int64_t peel = past_caches ? row_peel<D>(grad) : -1;
+    peel = past_caches ? row_peel<D>(grad) : -1;
     stream = peel >= 0;
-    if (peel > 0) some(peel < n ? peel : n);
+    if (peel > n) peel = n;
   }
   // less than a group
   __attribute__((noinline)) void some(int64_t end) {
@@ -145,8 +161,8 @@ struct RowWriter {
     for (; at + 2 * WIDTH <= end; at += 2 * WIDTH)
       row_store_pair<D, false>(grad, at, load<V>(values + at) * by,
                                load<V>(values + at + WIDTH) * by);
-    for (; at < end; ++at) store1<D>(grad, at, values[at] * factor);
-    if (hole >= from && hole < end) store1<D>(grad, hole, own);
+    for (; at < end; ++at) row_store<D>(grad, at, values[at] * factor);
+    if (hole >= from && hole < end) row_store<D>(grad, hole, own);
   }
   template <bool STREAM>
   FLCORE_MEMBER void put(const T* x, const V& by) {
@@ -164,8 +180,12 @@ struct RowWriter {
     else
       put<false>(x, splat<V>(1));
   }
-  // at least the entries below `end`
+  // The entries below `end`, and less than a group beyond.
   FLCORE_MEMBER void until(int64_t end) {
+    if (peel > 0 && end > 0) {
+      some(peel);
+      peel = 0;
+    }
     while (at < end && at < n) {
       if (at + GROUP > n) {
         some(n);

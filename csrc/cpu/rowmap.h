@@ -52,7 +52,8 @@ struct Real<vf64> {
   static constexpr double MAGIC = 0x1.8p52;
   static constexpr double LOG2E = 0x1.71547652b82fep+0;
   static constexpr double LN2_HI = 0x1.62e42fefap-1, LN2_LO = 0x1.cf79abc9e3b3ap-40;
-  static constexpr double SPLIT = 2048, LOWEST = -4000, HIGHEST = 710, TINY = 0x1p-1022, LIFT = 0x1p54;
+  static constexpr double SPLIT = 2048, LOWEST = -4000, HIGHEST = 710, TINY = 0x1p-1022,
+                          LIFT = 0x1p54;
   static constexpr int LIFT_BITS = 54;
   // to 3.7e-18
   static constexpr int EXP_TERMS = 10;
@@ -176,7 +177,8 @@ FLCORE_INLINE void row_exp_lanes(V (&y)[N], V n) {
   FLCORE_EACH(r[i] = r[i] - k[i] * R::LN2_LO);
   FLCORE_EACH(p[i] = splat<V>(R::EXP[R::EXP_TERMS - 1]));
 #pragma GCC unroll 16
-  for (int j = R::EXP_TERMS - 2; j >= 0; --j) FLCORE_EACH((p[i] = p[i] * r[i] + R::EXP[j], here(p[i])));
+  for (int j = R::EXP_TERMS - 2; j >= 0; --j)
+    FLCORE_EACH((p[i] = p[i] * r[i] + R::EXP[j], here(p[i])));
   FLCORE_EACH(p[i] = r[i] + r[i] * r[i] * p[i]);
   FLCORE_EACH(p[i] = 1 + p[i]);
   FLCORE_EACH(y[i] = exp_scaled(p[i], SHIFTED ? k[i] - n : k[i]));

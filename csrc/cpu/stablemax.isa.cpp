@@ -10,9 +10,9 @@
 // The other logarithms are those of quotients: |x| <= 1e38 stays in range.
 //
 // Rows whose classes lie side by side are summed in 16 lanes (float64: 8), blocks of BLOCK in
-// double; where the rows lie side by side each has a lane of its own. Both visits go over the same
-// fixed blocks, so neither level nor threads change a bit. float16 and bfloat16 pass through a
-// block of float32.
+// double; where rows lie side by side, or are short and then turned, each has a lane of its own.
+// Both visits go over the same fixed blocks, so neither level nor threads change a bit. float16 and
+// bfloat16 pass through a block of float32.
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/collapse.h"
@@ -27,6 +27,7 @@ namespace FLCORE_ISA {
 constexpr int64_t COLUMN_BLOCK = 256;    // rows that go side by side
 constexpr int64_t COLUMN_TERMS = 32;     // a lane adds up before it is flushed to double
 constexpr int64_t TASK_VALUES = 1 << 14;  // values of short rows that one thread takes at once
+constexpr int64_t SHORT = 64, SHORT_VALUES = 4096;  // classes of short rows; values of a tile
 constexpr int CONSTANTS = 5;             // of a row, for `emit`
 
 // ---- sums ---------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ FLCORE_NOINLINE static void emit_block(const typename Real<V>::T* z, const typen
   for (int64_t j = 0; j < n; j += Real<V>::WIDTH) {
     V c[CONSTANTS];
     for (int i = 0; i < CONSTANTS; ++i) c[i] = load<V>(k + i * pitch + j * along);
-    store(out + j, emit<STEP>(load<V>(z + j), STEP >= STABLEMAX_BACKWARD ? load<V>(v + j) : V{}, c));
+    const V up = STEP >= STABLEMAX_BACKWARD ? load<V>(v + j) : V{};
+    store(out + j, emit<STEP>(load<V>(z + j), up, c));
   }
 }
 
@@ -230,27 +232,20 @@ static void one_row(const StableMaxArgs& a, int64_t row) {
   }
 }
 
-// Rows first .. first + n - 1 of one outer index, side by side.
-template <int STEP, class V>
-static void some_columns(const StableMaxArgs& a, int64_t outer, int64_t first, int64_t n) {
+// `width` rows in lanes of their own: fetch(c, z, v) points to their values of class c, and
+// put(c, emit) hands emit(out) the place of their results.
+template <int STEP, class V, class Fetch, class Put>
+static void visit_columns(int64_t classes, int64_t width, const Fetch& fetch, const Put& put) {
   typedef typename Real<V>::T T;
   constexpr int64_t SIZE = COLUMN_BLOCK;
-  const int64_t x_at = outer * a.x.outer + first, v_at = outer * a.v.outer + first;
-  const int64_t out_at = outer * a.out.outer + first, width = padded<T>(n);
-  T top[SIZE], rest[SIZE] = {}, top_v[SIZE] = {}, rest_v[SIZE] = {};
+  T top[SIZE], rest[SIZE] = {}, top_v[SIZE] = {}, rest_v[SIZE] = {}, k[CONSTANTS * SIZE];
   double rest_sum[SIZE] = {}, rest_v_sum[SIZE] = {};
   for (T& t : top) t = T(-__builtin_inf());
-  T z_block[SIZE], v_block[SIZE], out_block[SIZE], k[CONSTANTS * SIZE];
   const T *z = nullptr, *v = nullptr;
-  const auto fetch = [&](int64_t c) {
-    z = fetch_block(a.dtype, a.x.data, x_at + c * a.x.cls, n, z_block, T(-__builtin_inf()));
-    if (STEP >= STABLEMAX_BACKWARD)
-      v = fetch_block(a.dtype, a.v.data, v_at + c * a.v.cls, n, v_block, T(0));
-  };
-  for (int64_t c = 0; c < a.classes; ++c) {
-    fetch(c);
+  for (int64_t c = 0; c < classes; ++c) {
+    fetch(c, z, v);
     absorb_columns<STEP, V>(z, v, width, {top, rest, top_v, rest_v});
-    if ((c + 1) % COLUMN_TERMS && c + 1 < a.classes) continue;
+    if ((c + 1) % COLUMN_TERMS && c + 1 < classes) continue;
     for (int64_t j = 0; j < width; ++j) {
       rest_sum[j] += double(rest[j]);
       rest_v_sum[j] += double(rest_v[j]);
@@ -267,16 +262,87 @@ static void some_columns(const StableMaxArgs& a, int64_t outer, int64_t first, i
     for (int c = 0; c < CONSTANTS; ++c)
       for (int l = 0; l < LANES64; ++l) k[c * SIZE + j + l] = T(constants[c][l]);
   }
-  for (int64_t c = a.classes; c-- > 0;) {
-    if (c + 1 < a.classes) fetch(c);
-    const Place<T> to = place_block(a.dtype, a.out.data, out_at + c * a.out.cls, n, out_block);
-    emit_block<STEP, V>(z, v, k, SIZE, 1, width, to.values);
+  for (int64_t c = classes; c-- > 0;) {
+    if (c + 1 < classes) fetch(c, z, v);
+    put(c, [&](T* out) { emit_block<STEP, V>(z, v, k, SIZE, 1, width, out); });
+  }
+}
+
+// Rows first .. first + n - 1 of one outer index, side by side.
+template <int STEP, class V>
+static void some_columns(const StableMaxArgs& a, int64_t outer, int64_t first, int64_t n) {
+  typedef typename Real<V>::T T;
+  const int64_t x_at = outer * a.x.outer + first, v_at = outer * a.v.outer + first;
+  const int64_t out_at = outer * a.out.outer + first;
+  T z_block[COLUMN_BLOCK], v_block[COLUMN_BLOCK], out_block[COLUMN_BLOCK];
+  visit_columns<STEP, V>(
+      a.classes, padded<T>(n),
+      [&](int64_t c, const T*& z, const T*& v) {
+        z = fetch_block(a.dtype, a.x.data, x_at + c * a.x.cls, n, z_block, T(-__builtin_inf()));
+        if (STEP >= STABLEMAX_BACKWARD)
+          v = fetch_block(a.dtype, a.v.data, v_at + c * a.v.cls, n, v_block, T(0));
+      },
+      [&](int64_t c, const auto& emit) {
+        const Place<T> to = place_block(a.dtype, a.out.data, out_at + c * a.out.cls, n, out_block);
+        emit(to.values);
+        to.deliver();
+      });
+}
+
+template <class Data>
+FLCORE_INLINE int64_t row_at(const RowPlace<Data>& place, int64_t inner, int64_t row) {
+  return row / inner * place.outer + row % inner * place.row;
+}
+
+// The first `width` rows from `first` on, class c of row j at tile[c * width + j].
+template <class T>
+static void turn_rows(const StableMaxArgs& a, const RowPlace<const void>& from, int64_t first,
+                      int64_t n, int64_t width, T* tile) {
+  T block[SHORT + 16];
+  for (int64_t j = 0; j < n; ++j) {
+    const T* row = fetch_block(a.dtype, from.data, row_at(from, a.inner, first + j), a.classes,
+                               block, T(0));
+    for (int64_t c = 0; c < a.classes; ++c) tile[c * width + j] = row[c];
+  }
+  for (int64_t j = n; j < width; ++j)
+    for (int64_t c = 0; c < a.classes; ++c) tile[c * width + j] = 0;
+}
+
+// n rows of few classes, turned so that each has a lane of its own.
+template <int STEP, class V>
+static void short_rows(const StableMaxArgs& a, int64_t first, int64_t n) {
+  typedef typename Real<V>::T T;
+  constexpr int64_t ROOM = SHORT_VALUES + SHORT * 16;
+  const int64_t width = padded<T>(n);
+  T x_tile[ROOM], v_tile[ROOM], out_tile[ROOM], block[SHORT + 16];
+  turn_rows(a, a.x, first, n, width, x_tile);
+  if (STEP >= STABLEMAX_BACKWARD) turn_rows(a, a.v, first, n, width, v_tile);
+  visit_columns<STEP, V>(
+      a.classes, width,
+      [&](int64_t c, const T*& z, const T*& v) {
+        z = x_tile + c * width;
+        v = v_tile + c * width;
+      },
+      [&](int64_t c, const auto& emit) { emit(out_tile + c * width); });
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t at = row_at(a.out, a.inner, first + j);
+    const Place<T> to = place_block(a.dtype, a.out.data, at, a.classes, block);
+    for (int64_t c = 0; c < a.classes; ++c) to.values[c] = out_tile[c * width + j];
     to.deliver();
   }
 }
 
 template <int STEP, class V>
 static void apply(const StableMaxArgs& a) {
+  if (a.x.cls == 1 && a.classes <= SHORT) {
+    const int64_t share = SHORT_VALUES / a.classes;
+    const int64_t each = share < COLUMN_BLOCK ? share : COLUMN_BLOCK;
+    for_chunks((a.rows + each - 1) / each, a.threads, [&](int64_t task) {
+      const int64_t left = a.rows - task * each;
+      short_rows<STEP, V>(a, task * each, left < each ? left : each);
+    });
+    return;
+  }
   if (a.x.cls == 1) {
     const int64_t share = TASK_VALUES / a.classes, each = share < 1 ? 1 : share;
     for_chunks((a.rows + each - 1) / each, a.threads, [&](int64_t task) {

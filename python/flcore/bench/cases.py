@@ -40,6 +40,7 @@ FAMILIES = {
     "secure": "flcore.bench.secure",
     "server": "flcore.bench.server_step",
     "sparse": "flcore.bench.sparse",
+    "stablemax": "flcore.bench.stablemax",
 }
 
 

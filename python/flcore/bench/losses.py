@@ -86,9 +86,19 @@ def _logits(setup: Setup, rows: int, classes: int, dtype: str) -> tuple[Any, Any
 
 
 def build_cross_entropy(
-    setup: Setup, *, rows: int, classes: int, kind: str, dtype: str = "float32"
+    setup: Setup,
+    *,
+    rows: int,
+    classes: int,
+    kind: str,
+    dtype: str = "float32",
+    chains: bool = True,
+    others: bool = True,
 ) -> Workload:
-    """Mean cross-entropy of (rows, classes) logits and its gradient."""
+    """Mean cross-entropy of (rows, classes) logits and its gradient.
+
+    `chains`, `others`: whether the eager StableMax chains, and whether the other peers take part.
+    """
     from flcore import losses
 
     torch: Any = optional("torch")[0]
@@ -116,12 +126,14 @@ def build_cross_entropy(
         add("flcore, float32 logits", ours, wide, 2e-2, "variant")
     if kind == "stablemax":
         in_double, in_float = peers.stablemax_loss("float64"), peers.stablemax_loss("float32")
-        if dtype == "float32":
+        if dtype == "float32" and chains:
             add("torch float64 chain", in_double, x, TOLERANCE[dtype])
             add("torch float32 chain", in_float, x, CHAIN_TOLERANCE)
+        if dtype == "float32" and others:
             compiled("torch.compile of the float64 chain", in_double, TOLERANCE[dtype])
             compiled("torch.compile of the float32 chain", in_float, CHAIN_TOLERANCE)
-        add("F.cross_entropy (softmax)", peers.softmax_loss(), x, None)
+        if others:
+            add("F.cross_entropy (softmax)", peers.softmax_loss(), x, None)
     else:
         add("F.cross_entropy", peers.softmax_loss(), x, max(CHAIN_TOLERANCE, TOLERANCE[dtype]))
         compiled("torch.compile of F.cross_entropy", peers.softmax_loss(), CHAIN_TOLERANCE)
@@ -208,7 +220,14 @@ def build_linear(setup: Setup, *, rows: int, hidden: int, classes: int) -> Workl
 
 
 def _case(
-    name: str, title: str, rows: int, classes: int, kind: str, dtype: str = "float32"
+    name: str,
+    title: str,
+    rows: int,
+    classes: int,
+    kind: str,
+    dtype: str = "float32",
+    note: str = "",
+    **peers: Any,
 ) -> Case:
     size = BYTES[dtype]
     return Case(
@@ -216,20 +235,29 @@ def _case(
         family="losses",
         title=f"{title}, {rows:,} x {classes:,}, forward and backward",
         formula=f"{2 * size}·rows·classes + 8·rows: read logits and labels, write the gradient",
-        build=partial(build_cross_entropy, kind=kind, dtype=dtype),
+        build=partial(build_cross_entropy, kind=kind, dtype=dtype, **peers),
         sizes={"rows": rows, "classes": classes},
         tiny={"rows": 64, "classes": min(classes, 301)},
         dtype=dtype,
         bound="copy",
         devices=("cpu", "cuda"),
         needs=("torch",),
+        note=note,
     )
 
 
+LARGE = (4096, 32_000, "stablemax")
 CASES = [
-    _case("stablemax_ce_4096x32000", "StableMax cross-entropy", 4096, 32_000, "stablemax"),
+    _case("stablemax_ce_4096x32000", "StableMax cross-entropy", *LARGE, chains=False),
+    _case(
+        "stablemax_ce_chains",
+        "StableMax cross-entropy beside eager chains",
+        *LARGE,
+        note="A chain takes seconds and gigabytes, after which the logits are cold for flcore too.",
+        others=False,
+    ),
     _case("stablemax_ce_524288x12", "StableMax cross-entropy", 524_288, 12, "stablemax"),
-    _case("stablemax_ce_bf16", "StableMax cross-entropy", 4096, 32_000, "stablemax", "bfloat16"),
+    _case("stablemax_ce_bf16", "StableMax cross-entropy", *LARGE, "bfloat16"),
     _case("softmax_ce_4096x32000", "softmax cross-entropy", 4096, 32_000, "softmax"),
     _case("softmax_ce_524288x12", "softmax cross-entropy", 524_288, 12, "softmax"),
     Case(

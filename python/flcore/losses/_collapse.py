@@ -135,11 +135,12 @@ def _on_device(x: Tensor, y: Tensor, ignore_index: int, unit: float) -> Collapse
     y = torch.where(keep, y, 0).clamp(0, x.shape[1] - 1)[:, None]
     x = x.double() if x.dtype == torch.float64 else x.float()
     most, top = x.max(1, keepdim=True)
-    collapsed = (x - most).exp().scatter(1, top, 0.0).sum(1) <= unit
+    finite = most.isfinite()[:, 0]
+    collapsed = finite & ((x - most).exp().scatter(1, top, 0.0).sum(1) <= unit)
     own = x.gather(1, y)
     s = torch.where(x >= 0, 1 + x, 1 / (1 - x))
     s_own = s.gather(1, y)[:, 0]
-    lost = most.isfinite()[:, 0] & (s.scatter(1, y, 0.0).sum(1) <= unit * s_own)
+    lost = finite & (s.scatter(1, y, 0.0).sum(1) <= unit * s_own)
     zero = collapsed & (own == most)[:, 0]
     size = torch.where(x == -torch.inf, 0.0, x.abs()).amax(1)
     largest = torch.where(keep, size, -torch.inf).amax() if len(x) else size.sum()

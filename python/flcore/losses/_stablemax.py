@@ -158,9 +158,7 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError(_torch_stablemax.TWICE)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], v: Tensor, x: Tensor, dim: int, log: bool
-    ) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], v: Tensor, x: Tensor, dim: int, log: bool) -> Any:
         both = [
             t.expand(info.batch_size, *t.shape) if at is None else t.movedim(at, 0)
             for t, at in ((v, in_dims[0]), (x, in_dims[1]))

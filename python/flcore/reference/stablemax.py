@@ -46,7 +46,8 @@ def stablemax(call: StableMaxCall) -> None:
         if name == "stablemax":
             result = p
         elif name == "log_stablemax":
-            result = np.sign(x) * np.log1p(np.abs(x)) - np.log(total)
+            far = np.sign(x) * np.log1p(np.abs(x)) - np.log(total)
+            result = np.where(p > 1e-9, np.log(np.where(p > 0, p, 1)), far)
             first = np.where(np.isnan(total), np.nan, -np.log1p(rest / own))
             np.put_along_axis(result, top, first, -1)  # without the difference of close numbers
         else:
@@ -86,7 +87,7 @@ def collapse(call: CollapseCall) -> tuple[int, int, int, int, float, bool]:
         most, own = np.take_along_axis(x, top, -1), np.take_along_axis(x, y, -1)
         terms = np.exp(x - most)
         np.put_along_axis(terms, top, 0, -1)
-        collapsed = terms.sum(-1, keepdims=True) <= call.unit
+        collapsed = np.isfinite(most) & (terms.sum(-1, keepdims=True) <= call.unit)
         s, _ = elements(x)
         s_own = np.take_along_axis(s, y, -1)
         np.put_along_axis(s, y, 0, -1)
