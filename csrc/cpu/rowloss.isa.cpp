@@ -67,7 +67,33 @@ static void visit_dtype(const RowLossArgs& a) {
   }
 }
 
+// Rows that count, if all of their labels are classes; else -1. Without branches, for vectors.
+template <class Label>
+static int64_t count_good(const RowTargetsArgs& a) {
+  const Label* const labels = static_cast<const Label*>(a.labels);
+  int64_t count = 0;
+  uint64_t bad = 0;
+  if (a.valid)
+    for (int64_t i = 0; i < a.rows; ++i) {
+      const uint64_t counts = a.valid[i] != 0;
+      count += int64_t(counts);
+      bad |= counts & (uint64_t(int64_t(labels[i]) - a.label_offset) >= uint64_t(a.classes));
+    }
+  else
+    for (int64_t i = 0; i < a.rows; ++i) {
+      const int64_t y = labels[i];
+      const uint64_t counts = y != a.ignore_index;
+      count += int64_t(counts);
+      bad |= counts & (uint64_t(y - a.label_offset) >= uint64_t(a.classes));
+    }
+  return bad ? -1 : count;
+}
+
 static RowTargets targets(const RowTargetsArgs& a) {
+  if (!a.weight && !a.prior) {
+    const int64_t count = a.label_bytes == 4 ? count_good<int32_t>(a) : count_good<int64_t>(a);
+    if (count >= 0) return RowTargets{count, double(count), -1};
+  }
   RowTargets found{0, 0.0, -1};
   const auto number = [&](const void* p, int64_t k) {
     return a.is_float64 ? static_cast<const double*>(p)[k] : double(static_cast<const float*>(p)[k]);

@@ -1,8 +1,8 @@
 // Rows whose classes lie side by side, one row after the other or all threads on one row.
-//   both       Reads block by block; f' of the row stays in cache, and is scaled and written while the
-//              next row is read (block_pass): 2 b bytes a logit, one exponential or division.
-//              In cache the row is too large for (KEPT_BYTES), or with targets outside the comp-sum
-//              term, f' is formed again from x: for long rows 3 b bytes.
+//   both       Reads block by block; f' of the row stays in cache, and is scaled and written while
+//              the next row is read (block_pass): 2 b bytes a logit, one exponential or division.
+//              Where f' of a row takes more than KEPT_BYTES, or with targets outside the comp-sum
+//              term, it is formed again from x: 3 b bytes for long rows.
 //   forward    b bytes, backward 2 b.
 // Few rows are cut into their blocks, whose sums are joined in order, so that this shows nowhere.
 #pragma once
@@ -112,9 +112,8 @@ class RowVisitor : RowSource<D> {
         for (int64_t b = 0; b < blocks_; ++b) gradient(row, b);
       }
     }
-    if (waiting) {
+    if (waiting)
       for (int64_t b = 0; b < blocks_; ++b) write_kept(last, b);
-    }
     if (stream_) row_stream_end();
   }
 
