@@ -14,6 +14,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 constexpr int64_t BATCH_AHEAD = 2048;  // bytes that logits are fetched ahead
 // Gradients of this size are written past the caches.
@@ -274,5 +275,6 @@ struct ColumnBatch {
   }
 };
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore

@@ -11,6 +11,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 constexpr int64_t ROW_BLOCK = 4096;  // a block of float32 logits is half of the first-level cache
 
@@ -204,5 +205,6 @@ struct RowReader {
   }
 };
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore

@@ -12,6 +12,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 #define FLCORE_NOINLINE __attribute__((noinline))
 
@@ -209,6 +210,7 @@ FLCORE_INLINE void write_columns(int, const ColumnPlace<char>& p, int n, int64_t
   write_columns<F64>(p, n, k, count, v);
 }
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore
 

@@ -22,6 +22,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 constexpr int64_t KEPT_BYTES = 1 << 20;  // f' of a row that is kept at most
 constexpr int64_t STREAM_BYTES = 8 << 20;  // gradients of this size are written past the caches
@@ -364,5 +365,6 @@ static void rows_visit(const RowLossArgs& a, int mode, int64_t first, int64_t en
     visitor.backward(first, end);
 }
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore

@@ -10,6 +10,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 FLCORE_INLINE int64_t row_blocks(const RowLossArgs& a) {
   return (a.classes + ROW_BLOCK - 1) / ROW_BLOCK;
@@ -98,5 +99,6 @@ struct RowSource {
   }
 };
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore

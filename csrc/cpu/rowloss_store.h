@@ -10,6 +10,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 // Entries from p on until a cache line begins; -1: it never does.
 template <int D>
@@ -203,5 +204,6 @@ struct RowWriter {
   __attribute__((noinline)) void finish() { until(n); }
 };
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore
