@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from flcore import _torch_ops
-from flcore._torch_losses import TWICE
+from flcore._torch_calls import once
+from flcore._torch_losses import FORM, form_numbers
 from flcore.losses import _linear_engine as _engine
 from flcore.losses._linear_chunks import LinearRows
 from flcore.losses._linear_inputs import Inputs
-from flcore.losses._row_cross_entropy import _once
 from flcore.ops.rowloss import RowLossForm, RowStats
 
 __all__ = [
@@ -27,10 +27,7 @@ _TENSORS = (
     "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
     "Tensor? log_prior, Tensor? valid_mask"
 )
-_NUMBERS = (
-    "str map, int ignore_index, float label_smoothing, float logit_scale, float margin, "
-    "float z_loss, float tau, int? chunk_rows, ScalarType? product"
-)
+_NUMBERS = f"{FORM}, int? chunk_rows, ScalarType? product"
 N_TENSORS, N_FORM, N_OPTIONS = 7, 7, 2
 N_NUMBERS = N_FORM + N_OPTIONS
 
@@ -95,7 +92,7 @@ def _gradient_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     given = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
     with torch.no_grad():
         grads = [(grad * upstream).to(kind) if need else None for grad, need, kind in given]
-    grads = [None if grad is None else _once(grad) for grad in grads]
+    grads = [None if grad is None else once(grad) for grad in grads]
     others = [None] * (N_TENSORS - 4 + N_NUMBERS + 4)
     return grads[0], grads[1], None, grads[2], *others
 
@@ -154,14 +151,6 @@ def _backward_fake(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_matrices(arguments[:N_TENSORS], arguments[-3:], None))
 
 
-def _twice(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(TWICE)
-
-
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 linear_rowloss_gradient = _torch_ops.declare(
     f"linear_rowloss_gradient({_TENSORS}, {_NUMBERS}, bool mean, bool needs_input, "
     "bool needs_weight, bool needs_bias)"
@@ -177,8 +166,7 @@ linear_rowloss_backward = _torch_ops.declare(
     " -> (Tensor input_grad, Tensor weight_grad, Tensor bias_grad)",
     kernel=_backward,
     fake=_backward_fake,
-    backward=_twice,
-    setup=_no_setup,
+    is_gradient=True,
 )
 linear_rowloss_forward = _torch_ops.declare(
     f"linear_rowloss_forward({_TENSORS}, {_NUMBERS})"
@@ -198,17 +186,7 @@ def loss(
     product: torch.dtype | None,
 ) -> Tensor:
     """Loss through the operators, as `flcore.losses._linear_engine.eager` returns it."""
-    numbers = (
-        form.map,
-        form.ignore_index,
-        form.label_smoothing,
-        form.logit_scale,
-        form.margin,
-        form.z_loss,
-        form.tau,
-        chunk_rows,
-        product,
-    )
+    numbers = (*form_numbers(form), chunk_rows, product)
     if reduction == "none":
         return linear_rowloss_forward(*inputs, *numbers)[0]  # type: ignore[no-any-return]
     matrices = (inputs.input, inputs.linear_weight, inputs.linear_bias)

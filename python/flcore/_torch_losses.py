@@ -10,19 +10,17 @@ from torch import Tensor
 from flcore import _torch_ops
 from flcore.ops.rowloss import RowLossForm, RowStats, row_loss, row_loss_backward
 
-__all__ = ["TWICE", "forward", "rowloss_backward", "rowloss_forward"]
+__all__ = ["FORM", "form_numbers", "forward", "rowloss_backward", "rowloss_forward"]
 
-TWICE = (
-    "this loss has no second derivative: its gradient cannot be differentiated again "
-    "(create_graph=True). Use a composition of torch functions where one is needed"
-)
-
-# the arrays and numbers of a form, in the order of every schema below
-_TENSORS = "Tensor? weight, Tensor? log_prior, Tensor? row_scale, Tensor? valid_mask"
-_NUMBERS = (
+FORM = (
     "str map, int ignore_index, float label_smoothing, float logit_scale, float margin, "
-    "float z_loss, float tau, int label_offset, int class_dim"
+    "float z_loss, float tau"
 )
+"""Numbers of a form in a schema, in the order of `form_numbers`."""
+
+# the arrays and numbers of a call, in the order of every schema below
+_TENSORS = "Tensor? weight, Tensor? log_prior, Tensor? row_scale, Tensor? valid_mask"
+_NUMBERS = f"{FORM}, int label_offset, int class_dim"
 N_TENSORS, N_NUMBERS = 4, 9
 
 
@@ -85,21 +83,12 @@ def _backward_fake(upstream: Tensor, x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_twice(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(TWICE)
-
-
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
 rowloss_backward = _torch_ops.declare(
     "rowloss_backward(Tensor upstream, Tensor x, Tensor target, Tensor rest, Tensor own, "
     f"Tensor shift, {_TENSORS}, {_NUMBERS}) -> Tensor",
     kernel=_backward,
     fake=_backward_fake,
-    backward=_backward_twice,
-    setup=_backward_setup,
+    is_gradient=True,
 )
 rowloss_forward = _torch_ops.declare(
     f"rowloss_forward(Tensor x, Tensor target, {_TENSORS}, {_NUMBERS})"
@@ -111,11 +100,9 @@ rowloss_forward = _torch_ops.declare(
 )
 
 
-def forward(
-    x: Tensor, target: Tensor, form: RowLossForm, arrays: Any, class_dim: int
-) -> tuple[Tensor, RowStats]:
-    """Loss of every row and stats through the operator; differentiable in `x`."""
-    numbers = (
+def form_numbers(form: RowLossForm) -> tuple[Any, ...]:
+    """Numbers of `form` in the order of `FORM`."""
+    return (
         form.map,
         form.ignore_index,
         form.label_smoothing,
@@ -123,9 +110,14 @@ def forward(
         form.margin,
         form.z_loss,
         form.tau,
-        form.label_offset,
-        class_dim,
     )
+
+
+def forward(
+    x: Tensor, target: Tensor, form: RowLossForm, arrays: Any, class_dim: int
+) -> tuple[Tensor, RowStats]:
+    """Loss of every row and stats through the operator; differentiable in `x`."""
+    numbers = (*form_numbers(form), form.label_offset, class_dim)
     call = rowloss_forward
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
         from flcore.losses._row_transforms import transformed_rows as call

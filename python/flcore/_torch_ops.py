@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flcore._torch_calls import no_context, refuse
+
 __all__ = ["combine", "combine_layers", "declare"]
 
 _library = torch.library.Library("flcore", "DEF")
@@ -24,11 +26,15 @@ def declare(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
+    is_gradient: bool = False,
 ) -> Any:
     """Define ``flcore::<schema>`` with one implementation for CPU and CUDA tensors.
 
-    `kernel` chooses the variant by the device of its tensors. Returns the default overload.
+    `kernel` chooses the variant by the device of its tensors. With `is_gradient` a derivative of
+    the op is refused with a message. Returns the default overload.
     """
+    if is_gradient:
+        backward, setup = refuse, no_context
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

@@ -13,13 +13,7 @@ from flcore.ops import log_stablemax_backward as _log_stablemax_backward
 from flcore.ops import stablemax as _stablemax
 from flcore.ops import stablemax_backward as _stablemax_backward
 
-__all__ = ["TWICE", "stablemax", "stablemax_backward"]
-
-TWICE = (
-    "stablemax and log_stablemax have no second derivative: their gradient cannot be "
-    "differentiated again (create_graph=True). Use a composition of torch functions where one is "
-    "needed"
-)
+__all__ = ["stablemax", "stablemax_backward"]
 
 
 def _forward(x: Tensor, dim: int, log: bool) -> Tensor:
@@ -51,20 +45,11 @@ def _backward_fake(v: Tensor, x: Tensor, dim: int, log: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _backward_twice(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(TWICE)
-
-
 stablemax_backward = _torch_ops.declare(
     "stablemax_backward(Tensor v, Tensor x, int dim, bool log) -> Tensor",
     kernel=_backward,
     fake=_backward_fake,
-    backward=_backward_twice,
-    setup=_backward_setup,
+    is_gradient=True,
 )
 stablemax = _torch_ops.declare(
     "stablemax(Tensor x, int dim, bool log) -> Tensor",

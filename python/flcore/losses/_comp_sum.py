@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flcore.errors import InvalidInputError
-from flcore.losses._row_cross_entropy import REDUCTIONS, row_cross_entropy
+from flcore.losses._row_cross_entropy import check_reduction, row_cross_entropy
 from flcore.ops.rowloss import RowLossForm
 
 __all__ = [
@@ -219,8 +219,7 @@ def smooth_adversarial_comp_sum_loss(
         )
     if not rho > 0 or not nu >= 0:
         raise InvalidInputError(f"expected rho > 0 and nu >= 0, got {rho!r} and {nu!r}")
-    if reduction not in REDUCTIONS:
-        raise InvalidInputError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
     rows = comp_sum_loss(input, target, tau, logit_scale=1 / rho, reduction="none")
     label = target.long()[:, None]
     moved = _margins(adversarial, label) - _margins(input, label)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flcore.errors import DTypeError
-from flcore.losses._row_cross_entropy import row_cross_entropy
+from flcore.losses._row_cross_entropy import log_of_prior, row_cross_entropy
 from flcore.ops.rowloss import RowLossForm
 
 __all__ = ["cross_entropy", "stablemax_cross_entropy", "taylor_cross_entropy"]
@@ -120,7 +119,7 @@ def stablemax_cross_entropy(
         target,
         _form("stablemax", ignore_index, label_smoothing, logit_scale, z_loss),
         weight=weight,
-        log_prior=None if prior is None else _log(prior),
+        log_prior=log_of_prior(prior),
         valid_mask=valid_mask,
         reduction=_reduction(size_average, reduce, reduction),
         class_dim=class_dim,
@@ -248,7 +247,7 @@ def taylor_cross_entropy(
         target,
         _form("taylor", ignore_index, label_smoothing, logit_scale, z_loss),
         weight=weight,
-        log_prior=None if prior is None else _log(prior),
+        log_prior=log_of_prior(prior),
         valid_mask=valid_mask,
         reduction=_reduction(size_average, reduce, reduction),
         class_dim=class_dim,
@@ -266,13 +265,6 @@ def _form(
 
 
 _known_form = functools.lru_cache(maxsize=256)(RowLossForm)  # checks its numbers once
-
-
-def _log(prior: Any) -> Tensor:
-    """Logarithm in float64, from which the prior is formed again without a loss."""
-    if not isinstance(prior, Tensor):
-        raise DTypeError(f"prior: expected a torch tensor, got {type(prior).__name__}")
-    return prior.to(torch.float64).log()
 
 
 def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

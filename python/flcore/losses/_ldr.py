@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.losses._examples import checked_index, last_rows
-from flcore.losses._row_cross_entropy import REDUCTIONS, row_cross_entropy
+from flcore.losses._row_cross_entropy import check_reduction, row_cross_entropy
 from flcore.ops.rowloss import RowLossForm
 
 __all__ = ["ALDRLoss", "ldr_loss"]
@@ -158,8 +158,7 @@ class ALDRLoss(torch.nn.Module):
             raise InvalidInputError(
                 f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}"
             )
-        if reduction not in REDUCTIONS:
-            raise InvalidInputError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+        check_reduction(reduction)
         self.temperature, self.alpha, self.margin = temperature, alpha, margin
         self.normalize, self.reduction = normalize, reduction
         self.register_buffer("temperatures", torch.full((examples,), float(temperature)))
@@ -232,8 +231,7 @@ def _normalized(scores: Tensor, how: str) -> Tensor:
 
 
 def _reduced(rows: Tensor, keep: Tensor, reduction: str) -> Any:
-    if reduction not in REDUCTIONS:
-        raise InvalidInputError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
     if reduction == "none":
         return rows
     return rows.sum() / keep.sum() if reduction == "mean" else rows.sum()

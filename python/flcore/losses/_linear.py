@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flcore.errors import DTypeError, InvalidInputError
+from flcore._torch_calls import is_plain
+from flcore.errors import InvalidInputError
 from flcore.losses import _linear_engine as _engine
 from flcore.losses import _row_cross_entropy as _rows
 from flcore.losses._linear_inputs import Inputs
+from flcore.losses._row_cross_entropy import log_of_prior
 from flcore.ops.rowloss import RowLossForm
 
 __all__ = ["linear_cross_entropy", "linear_row_cross_entropy", "stablemax_linear_cross_entropy"]
@@ -119,7 +121,7 @@ def stablemax_linear_cross_entropy(
     tensor([-0.0571, -0.0571, -0.0571, -0.0571, -0.0571,  0.1429,  0.1429])
     """
     return linear_row_cross_entropy(
-        Inputs(input, linear_weight, target, linear_bias, weight, _log(prior), valid_mask),
+        Inputs(input, linear_weight, target, linear_bias, weight, log_of_prior(prior), valid_mask),
         RowLossForm("stablemax", _index(ignore_index), label_smoothing, logit_scale, z_loss=z_loss),
         reduction=reduction,
         out_dtype=out_dtype,
@@ -221,8 +223,7 @@ def linear_row_cross_entropy(
     LabelError, InvalidInputError, DTypeError
         As in `stablemax_linear_cross_entropy`.
     """
-    if reduction not in _rows.REDUCTIONS:
-        raise InvalidInputError(f"reduction: expected one of {_rows.REDUCTIONS}, got {reduction!r}")
+    _rows.check_reduction(reduction)
     if process_group is None and label_offset is not None:
         raise InvalidInputError("label_offset: needs a process_group")
     for name in ("target", "weight", "log_prior"):
@@ -243,7 +244,7 @@ def linear_row_cross_entropy(
         loss = _registered(inputs, form, reduction, chunk_rows, product)
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         return _whole(inputs, form, reduction, out_dtype)
-    elif all(_is_plain(x) for x in inputs[:3]):
+    elif is_plain(*inputs[:3]):
         loss = _engine.eager(inputs, form, reduction, chunk_rows, product)
     else:
         loss = _registered(inputs, form, reduction, chunk_rows, product)
@@ -286,31 +287,12 @@ def _whole(
     )
 
 
-def _is_plain(x: Any) -> bool:
-    if not isinstance(x, Tensor):
-        return True  # which the checks then name
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
 def _autocast(input: Any) -> torch.dtype | None:
     """Autocast's type of the products, None where it is off."""
     if not isinstance(input, Tensor) or input.device.type not in ("cpu", "cuda"):
         return None
     kind = input.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _log(prior: Any) -> Tensor | None:
-    """Logarithm in float64, from which the prior is formed again without a loss."""
-    if prior is None:
-        return None
-    if not isinstance(prior, Tensor):
-        raise DTypeError(f"prior: expected a torch tensor, got {type(prior).__name__}")
-    return prior.to(torch.float64).log()
 
 
 def _index(ignore_index: int | None) -> int:

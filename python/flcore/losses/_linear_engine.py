@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flcore.losses import _row_cross_entropy as _rows
+from flcore._torch_calls import once
 from flcore.losses._linear_chunks import LinearRows
 from flcore.losses._linear_inputs import Inputs
 from flcore.ops.rowloss import RowLossForm, RowStats
@@ -64,7 +64,7 @@ class _Reduced(torch.autograd.Function):
                 None if grad is None else grad.to(kind)
                 for grad, kind in zip(grads, ctx.dtypes, strict=True)
             ]
-        return *[None if grad is None else _rows._once(grad) for grad in grads], None, None
+        return *[None if grad is None else once(grad) for grad in grads], None, None
 
 
 def _times(ctx: Any, upstream: Tensor) -> Any:
@@ -111,4 +111,4 @@ class _Every(torch.autograd.Function):
                 None if grad is None else grad.to(kind)
                 for grad, kind in zip(grads, job.dtypes, strict=True)
             ]
-        return *[None if grad is None else _rows._once(grad) for grad in grads], None, None
+        return *[None if grad is None else once(grad) for grad in grads], None, None

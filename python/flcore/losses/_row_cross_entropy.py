@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from flcore import _output_pool
+from flcore._torch_calls import is_plain, once
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops import _rowloss_prepare as _prepare
 from flcore.ops import rowloss as _ops
 from flcore.ops.rowloss import RowLossForm, RowStats
 
-__all__ = ["REDUCTIONS", "row_cross_entropy"]
+__all__ = ["check_reduction", "log_of_prior", "row_cross_entropy"]
 
-REDUCTIONS = ("none", "mean", "sum")
+_REDUCTIONS = ("none", "mean", "sum")
 
 
 class Arrays(NamedTuple):
@@ -82,14 +83,15 @@ def row_cross_entropy(
     LabelError, InvalidInputError, DTypeError
         As `flcore.ops.rowloss.row_loss`; a tensor other than `input` requires a gradient.
     """
-    if reduction not in REDUCTIONS:
-        raise InvalidInputError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
+    if not isinstance(input, Tensor):
+        raise DTypeError(f"input: expected a torch tensor, got {type(input).__name__}")
     if form.shard:
         raise InvalidInputError("shard: one part of the classes has no loss of its own")
     if class_dim is None:
         class_dim = 1 if input.ndim > 1 else 0
     arrays = Arrays(weight, log_prior, row_scale, valid_mask)
-    if torch.compiler.is_compiling() or not _is_plain(input, target):
+    if not is_plain(input, target):
         rows, stats = _registered(input, target, form, arrays, class_dim)
         total = None if reduction != "mean" else _denominator(input, target, form, arrays, rows)
         loss = _reduce(rows, reduction, total, out_dtype)
@@ -111,6 +113,21 @@ def row_cross_entropy(
         rows = job.forward()
         loss = _reduce_now(rows, reduction, count, out_dtype)
     return (loss, job.stats) if return_stats else loss
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise InvalidInputError for a reduction that torch does not have."""
+    if reduction not in _REDUCTIONS:
+        raise InvalidInputError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
+
+
+def log_of_prior(prior: Any) -> Tensor | None:
+    """Logarithm in float64, from which the prior is formed again without a loss."""
+    if prior is None:
+        return None
+    if not isinstance(prior, Tensor):
+        raise DTypeError(f"prior: expected a torch tensor, got {type(prior).__name__}")
+    return prior.to(torch.float64).log()
 
 
 def _at_once(input: Tensor, inplace_backward: bool) -> bool:
@@ -181,7 +198,7 @@ class _Reduced(torch.autograd.Function):
         factor = upstream.item()  # on a CPU: nothing to wait for
         if factor != 1:
             grad = torch.mul(grad, factor, out=_output_pool.empty_like(grad))
-        return _once(grad), None, None
+        return once(grad), None, None
 
 
 class _Rows(torch.autograd.Function):
@@ -222,27 +239,7 @@ class _Rows(torch.autograd.Function):
             )
             if ctx.inplace:
                 torch.autograd.graph.increment_version(x)
-        return _once(grad), None, None, None, None, None, None
-
-
-class _Refusal(torch.autograd.Function):
-    """Hands a gradient on; whoever differentiates it is told that there is no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        from flcore import _torch_losses
-
-        raise RuntimeError(_torch_losses.TWICE)
-
-
-def _once(grad: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return grad
-    return _Refusal.apply(grad.detach().requires_grad_())  # type: ignore[no-any-return]
+        return once(grad), None, None, None, None, None, None
 
 
 def _reduce(rows: Tensor, reduction: str, total: Any, out_dtype: torch.dtype | None) -> Tensor:
@@ -261,20 +258,6 @@ def _reduce_now(rows: Tensor, reduction: str, total: Any, out_dtype: torch.dtype
     if reduction == "mean":
         value = value / total if total else float("nan")
     return torch.scalar_tensor(value, dtype=rows.dtype if out_dtype is None else out_dtype)
-
-
-def _is_plain(input: Tensor, target: Tensor) -> bool:
-    """Whether addresses of the tensors are all that the call is about."""
-    kind = type(input)
-    if (kind is not Tensor and kind is not torch.nn.Parameter) or type(target) is not Tensor:
-        if not isinstance(input, Tensor):
-            raise DTypeError(f"input: expected a torch tensor, got {kind.__name__}")
-        return not isinstance(target, Tensor)  # which the checks then name
-    return (
-        input.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _refuse_other_gradients(target: Tensor, arrays: Arrays) -> None:

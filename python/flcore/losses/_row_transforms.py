@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flcore import _torch_losses
+from flcore._torch_calls import no_context, refuse
 from flcore.errors import InvalidInputError
 
 __all__ = ["transformed_rows"]
@@ -56,13 +57,8 @@ class _Gradient(torch.autograd.Function):
     def forward(*inputs: Any) -> Any:
         return _torch_losses.rowloss_backward(*inputs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_torch_losses.TWICE)
+    setup_context = staticmethod(no_context)
+    backward = staticmethod(refuse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flcore._torch_calls import is_plain, no_context, refuse
 from flcore.errors import DTypeError
 from flcore.ops import log_stablemax as _log_stablemax
 from flcore.ops import log_stablemax_backward as _log_stablemax_backward
@@ -90,7 +91,7 @@ def log_stablemax(x: Tensor, dim: int = -1) -> Tensor:
 def _apply(x: Tensor, dim: int, log: bool) -> Tensor:
     if not isinstance(x, Tensor):
         raise DTypeError(f"x: expected a torch tensor, got {type(x).__name__}")
-    if torch.compiler.is_compiling() or not _is_plain(x):
+    if not is_plain(x):
         if torch.compiler.is_compiling() or not torch._C._functorch.peek_interpreter_stack():
             from flcore import _torch_stablemax
 
@@ -100,16 +101,6 @@ def _apply(x: Tensor, dim: int, log: bool) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _StableMax.apply(x, dim, log)  # type: ignore[no-any-return]
     return _forward(x, dim, log)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether its address is all that a tensor is about."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _forward(x: Tensor, dim: int, log: bool) -> Tensor:
@@ -147,15 +138,8 @@ class _Gradient(torch.autograd.Function):
         function = _log_stablemax_backward if log else _stablemax_backward
         return function(v, x, dim)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        from flcore import _torch_stablemax
-
-        raise RuntimeError(_torch_stablemax.TWICE)
+    setup_context = staticmethod(no_context)
+    backward = staticmethod(refuse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], v: Tensor, x: Tensor, dim: int, log: bool) -> Any:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flcore._torch_calls import once
 from flcore.errors import DTypeError, InvalidInputError, LabelError
 from flcore.losses import _row_cross_entropy as _rows
-from flcore.losses._linear import _log
 from flcore.losses._linear_inputs import Inputs
 from flcore.ops import _rowloss_prepare as _prepare
 from flcore.ops import rowloss as _ops
@@ -232,7 +232,7 @@ def vocab_parallel_stablemax_cross_entropy(
         label_offset,
         reduction,
         valid_mask,
-        _log(prior),
+        _rows.log_of_prior(prior),
         out_dtype,
     )
 
@@ -303,8 +303,7 @@ def _parallel(
         raise InvalidInputError("logits: expected a dimension of classes, got none")
     if isinstance(log_prior, Tensor) and log_prior.requires_grad and torch.is_grad_enabled():
         raise InvalidInputError("prior: this loss has a gradient in its logits alone; detach it")
-    if reduction not in _rows.REDUCTIONS:
-        raise InvalidInputError(f"reduction: expected one of {_rows.REDUCTIONS}, got {reduction!r}")
+    _rows.check_reduction(reduction)
     parts = ClassParts(group, logits.shape[-1], label_offset)
     form = parts.form(form, None, target)
     if tuple(target.shape) != tuple(logits.shape[:-1]):
@@ -351,7 +350,7 @@ class _Part(torch.autograd.Function):
             call = _call(logits, target, valid, log_prior, ctx.form)
             grad = _ops.backward(call, call.x, RowStats(*stats), upstream=upstream.reshape(-1))
             grad = grad.reshape(logits.shape)
-        return _rows._once(grad), None, None, None, None, None
+        return once(grad), None, None, None, None, None
 
 
 def _call(logits: Tensor, target: Tensor, valid: Any, log_prior: Any, form: RowLossForm) -> Any:
