@@ -16,6 +16,7 @@
 
 namespace flcore {
 namespace FLCORE_ISA {
+namespace {
 
 template <class V>
 struct Real;
@@ -373,5 +374,6 @@ FLCORE_ONE_VALUE(row_log)
 FLCORE_ONE_VALUE(row_log1p)
 #undef FLCORE_ONE_VALUE
 
+}  // namespace
 }  // namespace FLCORE_ISA
 }  // namespace flcore
