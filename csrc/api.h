@@ -1042,6 +1042,186 @@ struct StableMaxFns {
   void (*collapse)(const CollapseArgs&);
 };
 
+// ---- qmatmul: products with a weight of 2 to 8 bits (csrc/cpu/qmatmul*.isa.cpp) -----------------
+
+enum QWeightKind : int {
+  QW_INT = 0,         // w = (q - zero) scale, zero an integer
+  QW_FLOAT_ZERO = 1,  // w = fma(q - 2^(bits - 1), scale, zero)
+  QW_TABLE = 2,       // w = table[q] scale, 4 bits
+  QW_E4M3 = 3,        // w = fp8(q) scale, 8 bits
+  QW_E5M2 = 4,
+  QW_KIND_COUNT = 5
+};
+
+// W [n, k] in the layout tile16: blocks of 16 rows, chunks of 32 k, both padded. A chunk of a block
+// has 64 * bits bytes; dword lane r of a vector of 64 bytes belongs to row r of the block, its byte
+// i to k = i (mod 4):
+//   8 bits: vector v holds k = 4v + i        4 bits: 8v + i low, 8v + 4 + i high nibble
+//   2 bits: 16v + 4t + i at bits 2t          3 bits: two such vectors, then the high bit of 4t + i
+//                                                    at bit t of a third
+// Padding has scale 0 (rows) or meets x = 0 (k).
+struct QWeight {
+  int64_t n, k;           // outputs and inputs
+  int bits, kind;         // 2, 3, 4, 8; QWeightKind
+  int64_t group;          // k positions that share a scale, a multiple of 16; >= k: one a row
+  const uint8_t* codes;   // [blocks][chunks][64 * bits]
+  const void* scales;     // [blocks][groups][16]
+  int scale_dtype;        // F32, F16, BF16
+  const void* zeros;      // as scales: uint8, or scale_dtype for QW_FLOAT_ZERO; null: 2^(bits - 1)
+  const float* table;     // [16], QW_TABLE
+};
+
+// y[m, n] = x[m, k] W^T + bias + low[m, rank] up[n, rank]^T; the gradient (qmatmul_dx) has x[m, n],
+// y[m, k] = x W + low[m, rank] up[rank, k] and no bias. Rows of x and y are contiguous.
+struct QMatmulArgs {
+  QWeight w;
+  int64_t m;
+  const void* x;
+  int x_dtype;            // F32, F16, BF16
+  int64_t x_stride;       // elements from row to row
+  void* y;
+  int y_dtype;
+  int64_t y_stride;
+  const float* bias;      // [n] or null
+  const float* low;       // rank 0: neither
+  const float* up;
+  int64_t rank;
+  int64_t act_block;      // qmatmul_int8: k positions that share a scale of x; 0: the whole row
+  int threads;
+  void* scratch;          // scratch(args) bytes, 64-byte aligned
+  bool asymmetric = false;             // qmatmul_int8: x in uint8 with a zero point
+  const int32_t* code_sums = nullptr;  //   and then what `code_sums` has found
+};
+
+struct QMatmulFns {
+  void (*run)(const QMatmulArgs&);
+  int64_t (*scratch)(const QMatmulArgs&);  // bytes for all threads together
+};
+
+struct QMatmulInt8Fns {
+  void (*run)(const QMatmulArgs&);
+  int64_t (*scratch)(const QMatmulArgs&);
+  int64_t (*blocks)(const QWeight&, int64_t act_block);  // of k that are summed in integers
+  void (*code_sums)(const QWeight&, int64_t act_block, int32_t* out, int threads);
+                                                         // out [blocks of 16 rows][blocks][16]
+};
+
+// ---- act_quant: rows of activations to 8 bits (csrc/cpu/act_quant.isa.cpp) -----------------------
+
+struct ActQuantArgs {
+  int64_t rows, k;
+  const void* x;
+  int x_dtype;        // F32, F16, BF16
+  int64_t x_stride;   // elements from row to row
+  int64_t block;      // values of a row that share a scale, 1 .. k
+  bool asymmetric;
+  void* codes;        // [rows][k] int8, or uint8 when asymmetric
+  float* scales;      // [rows][ceil(k / block)]
+  int32_t* sums;      // as scales: sums of codes
+  uint8_t* zeros;     // as scales when asymmetric, else null
+  int threads;
+};
+
+struct ActQuantFns {
+  void (*quantize)(const ActQuantArgs&);
+};
+
+// ---- qembedding: bags of table rows (csrc/cpu/qembedding.isa.cpp) --------------------------------
+
+constexpr int QE_FLOAT = QW_KIND_COUNT;  // rows of floating values
+
+// out[r] = (add ? out[r] : 0) + sum over e in [starts[b], starts[b + 1]) of coefficients[e] row
+// index[e], divided by the number of entries if `mean`; r = rows ? rows[b] : b. Rows lie in the
+// layout "rows": codes of k columns side by side, low bits first; 3 bits are a plane of the low two
+// and a plane of the high one.
+struct QEmbeddingArgs {
+  int64_t k;                  // columns
+  int bits, kind;             // as in QWeight, or QE_FLOAT
+  int64_t group;              // columns that share a scale, a multiple of 16; k: one a row
+  const uint8_t* codes;       // [table rows][code_stride]
+  int64_t code_stride;        // bytes from row to row
+  const void* scales;         // [table rows][groups]
+  int value_dtype;            // of scales, or of floating rows: F32, F16, BF16
+  const void* zeros;          // as in QWeight, [table rows][groups]
+  const float* table;         // [16] for QW_TABLE; [256] for fp8: what every code stands for
+  int64_t bags;
+  const int64_t* index;       // [entries], checked by the caller
+  const int64_t* starts;      // [bags + 1], does not fall
+  const float* coefficients;  // [entries] or null: 1
+  bool mean;
+  int64_t padding;            // entries with this index do not count; -1: none
+  void* out;                  // [bags or more][out_stride]
+  int out_dtype;              // F32, F16, BF16
+  int64_t out_stride;         // elements from row to row
+  const int64_t* rows;        // [bags], no two alike, or null
+  bool add;
+  int threads;
+};
+
+struct QEmbeddingFns {
+  void (*run)(const QEmbeddingArgs&);
+};
+
+// ---- weight_quant: weights of 2 to 8 bits, made and undone (csrc/cpu/weight_quant.isa.cpp) ---------
+
+enum WeightLayout : int { WEIGHT_ROWS = 0, WEIGHT_TILE16 = 1, WEIGHT_LAYOUT_COUNT = 2 };
+
+// How scales and codes are found; python/flcore/reference/weight_rules.py has the formulas.
+enum WeightRule : int {
+  WEIGHT_CENTRED = 0,
+  WEIGHT_NARROW = 1,
+  WEIGHT_Q8_0 = 2,
+  WEIGHT_Q4_0 = 3,
+  WEIGHT_MIN_MAX = 4,
+  WEIGHT_ABSMAX = 5,
+  WEIGHT_FLOOR = 6,
+  WEIGHT_CEIL = 7,
+  WEIGHT_RCEIL = 8,
+  WEIGHT_EVEN = 9,
+  WEIGHT_RULE_COUNT = 10
+};
+
+enum WeightFlags : int { WEIGHT_NONFINITE = 1, WEIGHT_SCALE_OVERFLOW = 2 };
+
+// Codes, scales and zeros of a weight. WEIGHT_TILE16 is the layout of QWeight; WEIGHT_ROWS has codes
+// [n][row bytes], scales and zeros [n][groups].
+struct WeightParts {
+  int layout;             // WeightLayout
+  uint8_t* codes;
+  void* scales;
+  void* zeros;            // as in QWeight
+};
+
+struct WeightQuantArgs {
+  int64_t n, k;
+  int bits, kind;         // as in QWeight, like the three below
+  int64_t group;
+  int scale_dtype;
+  const float* table;
+  WeightParts parts;      // quantize writes, dequantize and repack read them
+  void* x;                // [n, k], the weight itself: quantize reads, dequantize writes it
+  int x_dtype;            // DType
+  WeightParts to;         // repack writes them
+  // of quantize
+  int rule;               // WeightRule
+  bool force_zero, tensor;   // ranges hold 0; one scale for all rows (group >= k)
+  float range_floor, largest;  // least mx - mn; largest magnitude of a level
+  const float* factors;   // [factor_count] of the range: the one with the least error is taken
+  int64_t factor_count;
+  const float* limits;    // [16]: limits between the sorted levels, and one more value
+  const float* sorted;    // [16] levels in ascending order
+  const float* order;     // [16] their codes
+  int threads;
+  void* scratch;          // scratch(args) bytes, 64-byte aligned
+};
+
+struct WeightQuantFns {
+  int (*quantize)(const WeightQuantArgs&);  // returns WeightFlags
+  void (*dequantize)(const WeightQuantArgs&);
+  void (*repack)(const WeightQuantArgs&);
+  int64_t (*scratch)(const WeightQuantArgs&);  // bytes for all threads together
+};
+
 // ---- one row per instruction-set level (csrc/cpu/dispatch.cpp) ---------------------------------
 
 struct CpuTable {
@@ -1066,6 +1246,12 @@ struct CpuTable {
   const RowLossFns* rowloss;
   const PerpGradFns* perp_grad;
   const StableMaxFns* stablemax;
+  const QEmbeddingFns* qembedding;
+  const QMatmulFns* qmatmul;
+  const QMatmulFns* qmatmul_dx;
+  const WeightQuantFns* weight_quant;
+  const QMatmulInt8Fns* qmatmul_int8;
+  const ActQuantFns* act_quant;
 };
 
 const CpuTable& cpu();                        // the row chosen for this process

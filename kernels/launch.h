@@ -53,6 +53,37 @@ void launch_rotate(const QuantizeArgs& args, int32_t* flags, int device, uintptr
 // csrc/packet_image.h. Throws flcore::Error unless there is one packet when it is not added.
 void launch_decode(const DecodeArgs& args, bool add, int device, uintptr_t stream);
 
+// ---- qmatmul (kernels/qmatmul.cu): every address is one of the device ----------------------------
+
+// What a product needs beside QMatmulArgs. args.w.codes: in fragment order (kernels/qmatmul.cuh), with
+// 4 bits a code for w.bits 2, 3 and 4, 16-byte aligned as scales and zeros are.
+struct QMatmulDevice {
+  const void* lookup;  // uint32 [256][2] or null: pairs of x's dtype that a byte of codes stands for
+  int terms;           // 1 or 2: whether the second ones are needed
+  float unit;          // what the scales are multiplied with: 1, or a power of two beside a lookup
+  void* workspace;     // qmatmul_workspace() bytes, 256-byte aligned
+};
+
+// k cut into blocks of one scale of w (and one of x, for int8).
+struct QMatmulBlocks {
+  int64_t act, length, count, acts;  // positions of a scale of x, of a block; how many of both
+  int of_scale, of_act;              // blocks a scale lasts
+};
+// Throws flcore::Error when args.act_block neither divides the group nor is a multiple of it.
+QMatmulBlocks qmatmul_blocks(const QMatmulArgs& args, bool int8);
+
+// args.w.codes: in the layout tile16. Writes qmatmul_fragment_bytes() bytes: the codes in fragment
+// order, every one at a place of its own, and zeros in the places beyond the layout's padding.
+int64_t qmatmul_fragment_bytes(const QWeight& w);
+void launch_qmatmul_repack(const QWeight& w, uint8_t* fragments, int device, uintptr_t stream);
+
+int64_t qmatmul_workspace(const QMatmulArgs& args, const QMatmulDevice& d, bool int8, int device);
+// int8: x is quantised first (float32, float16 or bfloat16). Else x is float16 or bfloat16, and its
+// rows begin at multiples of 16 bytes. args.m, w.n and w.k are at least 1; threads, scratch and
+// code_sums are not used.
+void launch_qmatmul(const QMatmulArgs& args, const QMatmulDevice& d, bool int8, int device,
+                    uintptr_t stream);
+
 // ---- sparsify (kernels/sparsify.cu): every address below is one of the device -------------------
 
 constexpr int64_t SPARSE_PART = 8192;

@@ -76,7 +76,7 @@ sanitize() { # TOOL SECONDS LOG TESTS: compute-sanitizer sees nothing behind tor
   step "$1" "$2" "$3" env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --error-exitcode 86 \
     "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_gpu_aggregation.py \
-    tests/test_gpu_packets.py tests/test_gpu_rotated.py -k "$4"
+    tests/test_gpu_packets.py tests/test_gpu_rotated.py tests/test_gpu_qmatmul_cuda.py -k "$4"
 }
 
 environment='
@@ -85,7 +85,7 @@ from flcore import _variants
 info = flcore.build_info()
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print("device", torch.cuda.get_device_name(0), "of", torch.cuda.device_count(), info["cuda"])
-missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram", "decode", "sparsify", "quantize", "rowloss")
+missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram", "decode", "sparsify", "quantize", "rowloss", "stablemax", "qmatmul", "qmatmul_dx", "qmatmul_int8", "act_quant")
            for name, why in _variants.available(op, "cuda:0").items() if name not in ("cpu", "reference") and why}
 sys.exit(f"variants that cannot run: {missing}" if missing else 0)
 '
@@ -100,7 +100,7 @@ step build 120 build.log env FLCORE_CUDA=1 "FLCORE_CUDA_ARCHS=$architecture" \
   --disable-pip-version-check --no-cache-dir --target "$site" .
 # without this the tests of a variant that is missing would be skipped, and pass
 step variants 20 build.log env "PYTHONPATH=$site" "$python" -c "$environment"
-step tests 160 tests.log env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 \
+step tests 240 tests.log env "PYTHONPATH=$site" FLCORE_REQUIRE_GPU=1 \
   "$python" -m pytest -q -p no:cacheprovider --durations=10 tests -m gpu
 sanitize memcheck 60 memcheck.log 'cuda and (small_calls or unaligned or layers_of)'
 for tool in racecheck synccheck initcheck; do

@@ -28,11 +28,15 @@ ALWAYS = (
     "kernels/device.cu",
     "csrc/bindings/cuda.cpp",
     "csrc/bindings/cuda_compression.cpp",
+    "csrc/bindings/cuda_qmatmul.cpp",
     "tests/cuda_on_host/fibers.cpp",
 )
 
 
-KERNELS = tuple(f"kernels/{name}.cu" for name in ("select", "gram", "decode", "sparsify", "rotate"))
+KERNELS = tuple(
+    f"kernels/{name}.cu"
+    for name in ("select", "gram", "decode", "sparsify", "rotate", "qmatmul", "qmatmul_prepare")
+)
 
 
 @functools.cache

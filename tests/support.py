@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +59,31 @@ def usable_levels() -> list[str]:
     from flcore import _native
 
     return list(_native.core.build()["isa_usable"])
+
+
+def run_compiling(script: str, report: bool = False) -> Any:
+    """Run `script` where Triton compiles, on any machine, and return what it prints as JSON.
+
+    The script may import `triton_code`; report: it reads registers, which needs a tool that not
+    every Triton brings along.
+    """
+    pytest.importorskip("torch")
+    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
+    nvidia = pytest.importorskip("triton.backends.nvidia")
+    if report and not (Path(nvidia.__file__).parent / "bin" / "cuobjdump").exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT / "tests"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def outputs_per_level(script: str) -> dict[str, str]:

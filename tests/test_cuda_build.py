@@ -6,33 +6,23 @@ read when the toolkit is there.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from flcore import _native
-from support import HAS_TORCH, ROOT
-
-HAS_TRITON = HAS_TORCH and importlib.util.find_spec("triton") is not None
+from support import ROOT, run_compiling
 
 COMPILE = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+import triton_code
 from flcore.pykernels import combine, rng
 
-def compiled(kernel, arguments, constants, **options):
-    signature = {**arguments, **{name: "constexpr" for name in constants}}
-    source = ASTSource(kernel, signature, constants)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    return re.findall(r"\\b(?:fma|mul|add|div|sqrt|ld|st)\\.[a-z0-9.]+", ptx)
+def compiled(*arguments, **options):
+    code = triton_code.compiled(*arguments, **options)
+    return triton_code.instructions(code, "fma|mul|add|div|sqrt|ld|st")
 
 combine_arguments = {"table_ptr": "*i64", "flags_ptr": "*i32", "rows": "i32", "layers": "i32"}
 found = {}
@@ -51,19 +41,8 @@ print(json.dumps([found, normal]))
 """
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_triton_kernels_compile_to_separate_products_and_sums():
-    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    sums, normal = json.loads(done.stdout)
+    sums, normal = run_compiling(COMPILE)
     assert {i for i in normal if i.startswith(("fma", "div", "sqrt"))} == {
         "div.rn.f32",
         "sqrt.rn.f32",
@@ -77,7 +56,13 @@ def test_triton_kernels_compile_to_separate_products_and_sums():
         assert (wide in instructions) == (aligned == "True"), case
 
 
-KERNELS = {"select.cu": 66, "gram.cu": 7}  # networks of 1 .. 32 values, two forms; and columns
+KERNELS = {  # networks of 1 .. 32 values, two forms; and columns. Three types of x, two of codes
+    "select.cu": 66,
+    "gram.cu": 7,
+    "qmatmul.cu": 13,
+    "qmatmul_prepare.cu": 3,
+}
+RESIDENT = {"qmatmul.cu": 7}  # kernels of which two blocks of 256 threads are to be resident
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
@@ -100,6 +85,8 @@ def test_cuda_kernels_spill_no_register(source, architecture, tmp_path):
     assert spilled or source == "device.cu", "no report of the assembler"
     assert len(spilled) == KERNELS.get(source, len(spilled))
     assert all(pair == ("0", "0") for pair in spilled), spilled
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert sum(count <= 128 for count in registers) >= RESIDENT.get(source, 0), registers
 
 
 @pytest.mark.skipif(_native.cuda is None, reason=f"no CUDA module: {_native.cuda_reason}")
@@ -152,7 +139,6 @@ def test_sizes_are_checked_before_a_launch():
             call()
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 def test_codes_agree_between_triton_and_cpp():
     from flcore.pykernels import sums as kernels
 

@@ -23,6 +23,9 @@ NEED_TORCH = (
     "flcore.nn",
     "flcore.optim._",
     "flcore.integrations",
+    "flcore.quantization._model",
+    "flcore.quantization.preparation",
+    "flcore.bench.char_transformer",
 )
 MODULES = sorted(
     m.name
@@ -56,6 +59,24 @@ def test_page_on_grokking_runs():
     text = (ROOT / "docs" / "grokking.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(block, "docs/grokking.md", "exec"), {})
+
+
+def test_page_on_preparation_runs():
+    """Its blocks go on from each other."""
+    pytest.importorskip("torch")
+    text, names = (ROOT / "docs" / "preparation.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/preparation.md", "exec"), names)
+    assert len(names["llama"]) == 4 and str(names["report"])
+
+
+def test_page_on_quantized_layers_runs():
+    """Its blocks go on from each other."""
+    pytest.importorskip("torch")
+    text, names = (ROOT / "docs" / "quantized-layers.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/quantized-layers.md", "exec"), names)
+    assert len(names["report"].quantized) == 2
 
 
 def test_page_on_compression_runs():

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -14,7 +9,7 @@ from flcore import _arrays, _native
 from flcore.ops import accumulate_moments, affine, moments, moments_each
 from flcore.ops.moments import affine_views, moments_views
 from flcore.reference import moments as reference
-from support import DTYPES
+from support import DTYPES, run_compiling
 from test_moments import CPU_VARIANTS, TILE, accumulator_dtype, same, to_numpy, to_torch, values
 
 pytest.importorskip("torch")
@@ -56,10 +51,8 @@ def test_numbers_agree_between_triton_and_cpp():
 
 
 COMPILE = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+from triton_code import compiled, instructions
 from flcore.pykernels import moments as k
 
 found = {}
@@ -68,28 +61,15 @@ for kernel, pointer, constants in (
     (k.affine_kernel, {"flags_ptr": "*i32"},
      {"D": 3, "OF": 1, "ALIGNED": True, "LIMIT": k.LIMITS[3], "BLOCK": k.BLOCK}),
 ):
-    signature = {"table_ptr": "*i64", **pointer, "entries": "i32"}
-    signature |= {name: "constexpr" for name in constants}
-    source = ASTSource(kernel, signature, constants)
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options=k.OPTIONS).asm["ptx"]
-    found[kernel.__name__] = re.findall(r"\\b(?:fma|mul|add)\\.[a-z0-9.]+", ptx)
+    types = {"table_ptr": "*i64", **pointer, "entries": "i32"}
+    code = compiled(kernel, types, constants, **k.OPTIONS)
+    found[kernel.__name__] = instructions(code, "fma|mul|add")
 print(json.dumps(found))
 """
 
 
 def test_triton_kernels_compile_to_separate_products_and_sums():
-    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for case, instructions in json.loads(done.stdout).items():
+    for case, instructions in run_compiling(COMPILE).items():
         assert not [i for i in instructions if i.startswith("fma")], case
         assert {"mul.rn.f64", "add.rn.f64"} <= set(instructions), case
 

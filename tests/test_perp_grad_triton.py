@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -16,7 +11,7 @@ pytest.importorskip("triton")
 from flcore import _native
 from flcore.ops import perp_grad
 from flcore.ops.perp_grad import pair_views, perp_grad_views
-from support import DTYPES, np_dtype
+from support import DTYPES, np_dtype, run_compiling
 from test_perp_grad import SCOPES, VARIANTS, pair
 
 needs_interpreter = pytest.mark.skipif("triton" not in VARIANTS, reason="there is a GPU")
@@ -108,10 +103,8 @@ def test_numbers_agree_between_triton_and_cpp():
 
 
 COMPILE = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+from triton_code import compiled, instructions
 from flcore.pykernels import perp_grad as k
 
 f64 = "*fp64"
@@ -127,27 +120,14 @@ for kernel, types, constants in (
     (k.apply_kernel, {"table_ptr": "*i64", "factors_ptr": f64, "entries": "i32"},
      {"D": 3, "ALIGNED": True, "BLOCK": k.BLOCK}),
 ):
-    signature = types | {name: "constexpr" for name in constants}
-    source = ASTSource(kernel, signature, constants)
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options=k.OPTIONS).asm["ptx"]
-    found[f"{kernel.__name__} {constants}"] = re.findall(r"\\b(?:fma|div|sqrt)\\.[a-z0-9.]+", ptx)
+    code = compiled(kernel, types, constants, **k.OPTIONS)
+    found[f"{kernel.__name__} {constants}"] = instructions(code, "fma|div|sqrt")
 print(json.dumps(found))
 """
 
 
 def test_triton_kernels_compile_to_separate_products_and_exact_roots():
-    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_compiling(COMPILE)
     assert len(found) == 5
     for case, instructions in found.items():
         assert not [i for i in instructions if i.startswith("fma")], case

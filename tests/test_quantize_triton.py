@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -15,7 +10,7 @@ from flcore._state import State
 from flcore.errors import DTypeError, InvalidInputError, NonFiniteError, VariantUnavailableError
 from flcore.ops.quantize import quantize
 from flcore.reference import codes_float
-from support import np_dtype
+from support import np_dtype, run_compiling
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -215,10 +210,8 @@ def test_numbers_agree_with_the_reference():
 
 
 COMPILE = """
-import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+from triton_code import compiled, instructions
 from flcore.ops._quantize_triton import _constants
 from flcore.pykernels import quantize as k
 from flcore.reference.buckets import Settings
@@ -233,31 +226,18 @@ for settings in (
     constants["CHECK"] = False
     scales = {"float32": "*fp32", "bfloat16": "*i16", "e8m0": "*u8"}[settings.values]
     narrow = ("g_ptr", "e_ptr", "v_ptr", "e_new_ptr", "v_new_ptr")
-    signature = {name: "i32" for name in k.quantize_kernel.arg_names}
-    signature |= {name: "*i16" for name in narrow} | {name: "fp32" for name in "abpq"}
-    signature |= {"h_ptr": "*fp32", "h_new_ptr": "*fp32", "scales_ptr": scales}
-    signature |= {"codes_ptr": "*u8", "flags_ptr": "*i32"}
-    signature |= {name: "constexpr" for name in constants}
-    source = ASTSource(k.quantize_kernel, signature, constants)
-    target = GPUTarget("cuda", 90, 32)
-    ptx = triton.compile(source, target=target, options=k.OPTIONS).asm["ptx"]
-    found[settings.codec] = re.findall(r"\\b(?:fma|mul|add|sub|div)\\.[a-z0-9.]+", ptx)
+    types = {name: "i32" for name in k.quantize_kernel.arg_names}
+    types |= {name: "*i16" for name in narrow} | {name: "fp32" for name in "abpq"}
+    types |= {"h_ptr": "*fp32", "h_new_ptr": "*fp32", "scales_ptr": scales}
+    types |= {"codes_ptr": "*u8", "flags_ptr": "*i32"}
+    code = compiled(k.quantize_kernel, types, constants, **k.OPTIONS)
+    found[settings.codec] = instructions(code, "fma|mul|add|sub|div")
 print(json.dumps(found))
 """
 
 
 def test_the_kernel_compiles_to_separate_products_and_sums():
-    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_compiling(COMPILE)
     for case, instructions in found.items():
         assert not [i for i in instructions if i.startswith("fma")], case
         assert {"mul.rn.f32", "add.rn.f32"} <= set(instructions), case

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from flcore import _native
+from support import run_compiling
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton, triton.backends.nvidia, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json, re
+import triton.language as tl
+from triton_code import compiled as compile_kernel, resources
 from flcore.pykernels import rowloss, rowloss_kernels as k, rowloss_split as s
-
-tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 def compiled(kernel, dtype, arrays, classes, **constants):
     flags = dict.fromkeys(
@@ -31,30 +22,23 @@ def compiled(kernel, dtype, arrays, classes, **constants):
     constants = {**flags, "C": tl.float32, "COLUMNS": 0, **constants}
     pointers = {"labels_ptr": "*i64", "valid_ptr": "*u8", "parts_ptr": "*fp64", "x_ptr": dtype,
                 "grad_ptr": dtype, "soft_ptr": dtype}
-    signature, values, aligned = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    types, values, aligned = {}, {}, []
+    for name in kernel.arg_names:
         if name in constants:
-            signature[name], values[name] = "constexpr", constants[name]
+            values[name] = constants[name]
         elif name.endswith("_ptr") and name[:-4] in arrays:
-            signature[name], aligned[(i,)] = pointers.get(name, "*fp32"), [["tt.divisibility", 16]]
+            types[name] = pointers.get(name, "*fp32")
+            aligned.append(name)
         elif name.endswith("_ptr"):
-            signature[name], values[name] = "constexpr", None
+            values[name] = None
         elif name.endswith("class_stride"):
-            signature[name], values[name] = "constexpr", 1
+            values[name] = 1
         else:
-            signature[name] = "i64" if name.endswith("_bits") else "i32"
+            types[name] = "i64" if name.endswith("_bits") else "i32"
             if classes % 16 == 0 and name in ("classes", "row_stride", "grad_row_stride"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": constants["num_warps"]}
-    code = triton.compile(ASTSource(kernel, signature, values, aligned),
-                          target=GPUTarget("cuda", 90, 32), options=options).asm
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(code["cubin"])
-        used = subprocess.run([tool, "--dump-resource-usage", file.name], check=True,
-                              capture_output=True, text=True).stdout
-    report = {n: int(re.search(n + r":(\\d+)", used).group(1)) for n in ("REG", "STACK")}
-    report["vectors"] = bool(re.search(r"ld\\.global\\S*\\.v4", code["ptx"]))
-    return report
+                aligned.append(name)
+    code = compile_kernel(kernel, types, values, aligned, num_warps=constants["num_warps"])
+    return {**resources(code), "vectors": bool(re.search(r"ld\\.global\\S*\\.v4", code.asm["ptx"]))}
 
 OUT = ("x", "grad", "labels", "loss", "rest", "own", "shift")
 found = {}
@@ -81,20 +65,7 @@ print(json.dumps(found))
 
 def test_kernels_compile_without_spills_and_with_vector_loads():
     """For compute capability 9.0, with the assembler that Triton brings along."""
-    pytest.importorskip("triton", minversion="3.3")  # the signature of ASTSource
-    nvidia = pytest.importorskip("triton.backends.nvidia")
-    if not (Path(nvidia.__file__).parent / "bin" / "cuobjdump").exists():
-        pytest.skip("this Triton brings no cuobjdump")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for name, report in json.loads(done.stdout).items():
+    for name, report in run_compiling(COMPILE, report=True).items():
         assert report["STACK"] == 0, (name, report)
         assert report["REG"] <= 128, (name, report)
         if not name.endswith(" 12") and name != "finish":

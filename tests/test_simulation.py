@@ -472,7 +472,7 @@ def test_a_client_without_data_is_named(digits):
 
 def test_unusable_models_are_refused(digits):
     settings = Settings(rounds=1)
-    with pytest.raises(InvalidInputError, match="no 'vgg'; choose one of: mlp, cnn"):
+    with pytest.raises(InvalidInputError, match="no 'vgg'; choose one of: mlp, wide, cnn"):
         run(SHORT, "vgg", digits, settings)
     with pytest.raises(InvalidInputError, match="running statistic"):
         norm = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Flatten())

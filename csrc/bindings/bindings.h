@@ -29,6 +29,11 @@ void bind_rowloss(pybind11::module_& m);
 void bind_packet_image(pybind11::module_& m);
 void bind_perp_grad(pybind11::module_& m);
 void bind_stablemax(pybind11::module_& m);
+void bind_weight_quant(pybind11::module_& m);
+void bind_qembedding(pybind11::module_& m);
+void bind_qmatmul(pybind11::module_& m);
+void bind_qmatmul_dx(pybind11::module_& m);
+void bind_qmatmul_int8(pybind11::module_& m);
 
 // Addresses arrive as integers: Python owns allocation and validation, kernels get pointers.
 template <class T = void>

@@ -127,4 +127,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_packet_image(m);
   bind_perp_grad(m);
   bind_stablemax(m);
+  bind_weight_quant(m);
+  bind_qembedding(m);
+  bind_qmatmul(m);
+  bind_qmatmul_dx(m);
+  bind_qmatmul_int8(m);
 }

@@ -169,6 +169,7 @@ static void rotate(int64_t numel, int64_t count, const std::array<uintptr_t, 3>&
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   using namespace flcore;
   bind_cuda_compression(m);
+  bind_cuda_qmatmul(m);
   m.def("device_count", &device_count, "(number of devices, why there is none)");
   m.attr("COMBINE_MAX_ROWS") = cuda::COMBINE_MAX_ROWS;
   m.def("combine", &combine, py::arg("rows"), py::arg("weights"), py::arg("numel"),

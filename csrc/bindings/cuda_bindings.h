@@ -6,5 +6,6 @@
 namespace flcore {
 
 void bind_cuda_compression(pybind11::module_& m);
+void bind_cuda_qmatmul(pybind11::module_& m);
 
 }  // namespace flcore

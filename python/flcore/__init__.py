@@ -2,7 +2,7 @@
 
 Submodules are imported on first use, so that `import flcore` costs NumPy and the compiled core
 only: aggregation, algorithms, bench, compression, integrations, losses, nn, ops, optim, privacy,
-reference, simulation. The parts that need torch say so when they are imported without it.
+quantization, reference, simulation. The parts that need torch say so when they are imported without it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "ops",
     "optim",
     "privacy",
+    "quantization",
     "reference",
     "set_num_threads",
     "simulation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "DTypeError",
     "EpochError",
     "FlcoreError",
@@ -75,6 +76,10 @@ class EpochError(PacketError):
     def __init__(self, message: str, client: object, expected: int, got: int) -> None:
         super().__init__(message)
         self.client, self.expected, self.got = client, expected, got
+
+
+class CheckpointError(InvalidInputError):
+    """A file of weights is truncated, damaged, or does not hold what its header says."""
 
 
 class MissingDependencyError(FlcoreError, ImportError):

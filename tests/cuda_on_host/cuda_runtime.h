@@ -29,6 +29,12 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
@@ -50,6 +56,7 @@ constexpr size_t SHARED_LIMIT = 232448, SHARED_BY_DEFAULT = 49152;  // bytes of 
 inline cudaError_t last_error = cudaSuccess;
 inline int multiprocessors = 1;
 inline bool reversed = false;
+inline size_t shared_limit = SHARED_LIMIT;  // of the device
 inline size_t asked_for = 0;  // shared memory of the kernel that was named last
 inline const void* asked_by = nullptr;
 extern char* shared;  // of the running block, and 4096 bytes more
@@ -70,7 +77,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrMultiProcessorCount ? on_host::multiprocessors
-                                                  : int(on_host::SHARED_LIMIT);
+                                                  : int(on_host::shared_limit);
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -92,7 +99,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const size_t bytes = config->dynamicSmemBytes;
   const bool asked = on_host::asked_by == reinterpret_cast<const void*>(kernel) &&
                      on_host::asked_for >= bytes;
-  if (bytes > on_host::SHARED_LIMIT || (bytes > on_host::SHARED_BY_DEFAULT && !asked) ||
+  if (bytes > on_host::shared_limit || (bytes > on_host::SHARED_BY_DEFAULT && !asked) ||
       config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024)
     return on_host::last_error = cudaErrorInvalidValue;
   gridDim = config->gridDim;
@@ -120,6 +127,10 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
 inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned apart) {
   const unsigned lane = threadIdx.x % 32;
   return unsigned(on_host::exchange(value)[lane < apart ? lane : lane - apart]);
+}
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int other) {
+  const unsigned lane = threadIdx.x % 32;
+  return unsigned(on_host::exchange(value)[lane ^ unsigned(other)]);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -175,6 +186,13 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
+  const uint64_t bytes = x | uint64_t(y) << 32;
+  unsigned word = 0;
+  for (int i = 0; i < 32; i += 8) word |= unsigned(bytes >> (8 * (select >> (i / 2) & 7)) & 255) << i;
+  return word;
+}
+inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 inline float __double2float_rn(double x) { return float(x); }
 inline float __double2float_rz(double x) {
   const float nearest = float(x);

@@ -115,3 +115,8 @@ extern "C" void on_host_set(int multiprocessors, bool reversed) {
   on_host::multiprocessors = multiprocessors;
   on_host::reversed = reversed;
 }
+
+// Bytes of shared memory that a block can have; 0: as many as sm_90 has.
+extern "C" void on_host_limit(size_t bytes) {
+  on_host::shared_limit = bytes ? bytes : on_host::SHARED_LIMIT;
+}

@@ -31,16 +31,19 @@ __all__ = [
 FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
+    "embedding": "flcore.bench.qembedding",
     "losses": "flcore.bench.losses",
     "low_rank": "flcore.bench.low_rank",
     "moments": "flcore.bench.moments",
     "optim": "flcore.bench.perp_grad",
     "packets": "flcore.bench.packets",
+    "qmatmul": "flcore.bench.qmatmul",
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
     "server": "flcore.bench.server_step",
     "sparse": "flcore.bench.sparse",
     "stablemax": "flcore.bench.stablemax",
+    "weights": "flcore.bench.weight_quant",
 }
 
 

@@ -29,6 +29,7 @@ SCALING = "scaling"
 # Not timed at all: accuracy and bytes of training runs, and accuracy over training steps.
 TRAINING = "training"
 GROKKING = "grokking"
+QUANTIZED = "quantized-transformer"
 
 
 def bench(
@@ -39,7 +40,9 @@ def bench(
             "'scaling': the rules against the number of clients; "
             "'training': accuracy and bytes of codecs and error controls (ten minutes); "
             "'grokking': test accuracy of modular addition with and without projected gradients "
-            "and StableMax (half an hour)."
+            "and StableMax (half an hour); "
+            "'quantized-transformer': loss of a small transformer in low bits, with and without "
+            "AWQ and OS+ (ten minutes)."
         ),
     ] = None,
     json: Annotated[
@@ -50,7 +53,17 @@ def bench(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="scaling, training, grokking: draw into this file."),
+        typer.Option(
+            "--plot",
+            help="scaling, training, grokking, quantized-transformer: draw into this file.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="quantized-transformer: text to train on; the help pages of Python if left out.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
@@ -90,6 +103,8 @@ def bench(
     plan = Plan.quick() if quick or tiny else Plan()
     if max_seconds is not None:
         plan = replace(plan, max_s=max_seconds)
+    if text is not None and family != QUANTIZED:
+        raise typer.BadParameter(f"only {QUANTIZED!r} reads a text", param_hint="--text")
     if family == SCALING:
         if device != "cpu":
             raise typer.BadParameter("scaling runs on the cpu", param_hint="--device")
@@ -99,9 +114,12 @@ def bench(
         return _training(tiny, json, markdown, plot)
     if family == GROKKING:
         return _grokking(tiny, json, markdown, plot)
+    if family == QUANTIZED:
+        return _quantized(tiny, text, json, markdown, plot)
     if plot is not None:
         raise typer.BadParameter(
-            f"only {SCALING!r}, {TRAINING!r} and {GROKKING!r} have a plot", param_hint="--plot"
+            f"only {SCALING!r}, {TRAINING!r}, {GROKKING!r} and {QUANTIZED!r} have a plot",
+            param_hint="--plot",
         )
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
@@ -188,6 +206,28 @@ def _grokking(tiny: bool, json: Path | None, markdown: Path | None, plot: Path |
         markdown.write_text(text)
     if plot is not None:
         grokking.draw(runs, plot)
+
+
+def _quantized(
+    tiny: bool, text: Path | None, json: Path | None, markdown: Path | None, plot: Path | None
+) -> None:
+    from flcore.bench import quantized_transformer as quantized
+    from flcore.errors import InvalidInputError
+
+    size, seeds = (quantized.tiny(), (0,)) if tiny else (None, (0, 1, 2))
+    try:
+        with _progress_bar(None) as tell:
+            rows = quantized.run_quantized_transformer(text, seeds, size, tell=tell)
+    except InvalidInputError as error:
+        raise typer.BadParameter(str(error), param_hint="--text") from None
+    table = quantized.quantized_transformer_markdown(rows)
+    Console().print(table, markup=False, soft_wrap=True)
+    if json is not None:
+        quantized.write_quantized_transformer_json(rows, json)
+    if markdown is not None:
+        markdown.write_text(table)
+    if plot is not None:
+        quantized.draw(rows, plot)
 
 
 def _require_gpu() -> None:

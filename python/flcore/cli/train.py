@@ -36,6 +36,7 @@ _clients = partial(typer.Option, rich_help_panel="Clients")
 _local = partial(typer.Option, rich_help_panel="Local training")
 _server = partial(typer.Option, rich_help_panel="Server")
 _uplink = partial(typer.Option, rich_help_panel="Uplink compression")
+_base = partial(typer.Option, rich_help_panel="Frozen base")
 _run = partial(typer.Option, rich_help_panel="The run")
 
 
@@ -147,6 +148,18 @@ def train(
             "which is later when few take part. The same when all do."
         ),
     ] = SETTING.control_step,  # type: ignore[assignment]
+    base_bits: Annotated[
+        int | None,
+        _base(
+            help="Freeze the model with its linear layers in 8, 4, 3 or 2 bits and train adapters "
+            "only. The server first trains it on a fifth of the training data, which no client "
+            "gets.",
+            show_default="train all parameters",
+        ),
+    ] = SETTING.base_bits,
+    lora: Annotated[
+        int, _base(help="Rank of the adapters, which alone are trained and sent.")
+    ] = SETTING.lora,
     rounds: Annotated[
         int, _run(help="Communication rounds, those before a --resume included.")
     ] = SETTING.rounds,
@@ -254,6 +267,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         loss=options["loss"],
         optimizer=options["optimizer"],
         accumulate=options["accumulate"],
+        base_bits=options["base_bits"],
+        lora=options["lora"],
         threads=options["threads"],
         checkpoint_every=options["checkpoint_every"],
     )
@@ -312,7 +327,7 @@ def _stored_options(folder: Path | None) -> dict[str, Any]:
     codec, feedback = settings["codec"], settings["feedback"]
     same = ("lr_decay", "local_epochs", "batch_size", "weight_decay", "server_lr", "weighting")
     kept = ("rounds", "clients", "seed", "control_step", "accumulate", "threads")
-    steps = ("loss", "optimizer")
+    steps = ("loss", "optimizer", "base_bits", "lora")
     return {
         **{name: learning[name] for name in same},
         **{name: settings[name] for name in (*kept, *steps)},

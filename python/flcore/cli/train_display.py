@@ -131,6 +131,8 @@ def show_result(history: History, folder: Path) -> None:
     console.print(table)
     console.print(f"report   {folder / 'report.html'}", highlight=False)
     console.print(f"model    {folder / 'model.safetensors'}", highlight=False)
+    if "base" in history.config["model"]:
+        console.print(f"base     {folder / 'base.safetensors'}", highlight=False)
     console.print(f"metrics  {folder / 'metrics.jsonl'}", highlight=False)
 
 

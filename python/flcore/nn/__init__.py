@@ -30,6 +30,8 @@ from flcore.nn._losses import (  # noqa: E402
     StableMax,
     StableMaxCrossEntropyLoss,
 )
+from flcore.nn._quant_embedding import QuantEmbedding, QuantEmbeddingBag  # noqa: E402
+from flcore.nn._quant_linear import QuantLinear  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
@@ -38,6 +40,9 @@ __all__ = [
     "FedETFHead",
     "LinearCrossEntropyLoss",
     "LogStableMax",
+    "QuantEmbedding",
+    "QuantEmbeddingBag",
+    "QuantLinear",
     "SimplexETF",
     "StableMax",
     "StableMaxCrossEntropyLoss",

@@ -4,11 +4,16 @@ from flcore.ops._combine_rows import combine_rows
 from flcore.ops._combine_step import combine_step
 from flcore.ops._control_step import Controlled, control_step
 from flcore.ops._step import Noise, Step, Stepped
+from flcore.ops.act_quant import QuantizedActivation, quantize_activation
 from flcore.ops.combine import combine
 from flcore.ops.gram import gram
 from flcore.ops.mask import dequantize_sum, mask_add, modular_sum
 from flcore.ops.moments import Moments, accumulate_moments, affine, moments, moments_each
 from flcore.ops.perp_grad import perp_grad
+from flcore.ops.qembedding import qembedding, qembedding_grad
+from flcore.ops.qmatmul import qmatmul
+from flcore.ops.qmatmul_dx import qmatmul_dx
+from flcore.ops.qmatmul_int8 import qmatmul_int8
 from flcore.ops.rng import random_bits, random_normal, random_uniform
 from flcore.ops.select import select
 from flcore.ops.stablemax import (
@@ -22,6 +27,7 @@ __all__ = [
     "Controlled",
     "Moments",
     "Noise",
+    "QuantizedActivation",
     "Step",
     "Stepped",
     "accumulate_moments",
@@ -39,6 +45,12 @@ __all__ = [
     "moments",
     "moments_each",
     "perp_grad",
+    "qembedding",
+    "qembedding_grad",
+    "qmatmul",
+    "qmatmul_dx",
+    "qmatmul_int8",
+    "quantize_activation",
     "random_bits",
     "random_normal",
     "random_uniform",

@@ -22,6 +22,7 @@ from flcore._extras import require
 from flcore._native import num_threads
 from flcore.algorithms import Algorithm, create
 from flcore.errors import InvalidInputError, NonFiniteError
+from flcore.simulation.base import held_out, make_base
 from flcore.simulation.datasets import Dataset, load_dataset
 from flcore.simulation.errors import CheckpointError, DivergedError
 from flcore.simulation.history import PHASES, History, RoundRecord
@@ -135,11 +136,20 @@ class Simulation:
         self.settings = settings
         self.algorithm = create(algorithm) if isinstance(algorithm, str) else algorithm
         self.data = data if isinstance(data, Dataset) else load_dataset(data)
-        self.partition = self._partition(partition)
         model_name = model if isinstance(model, str) else type(model).__name__
+        named = isinstance(model, str)
         if isinstance(model, str):
             rng = generator(settings.seed, Purpose.MODEL)
             model = build_model(model, self.data.example_shape, len(self.data.classes), rng)
+        own = np.empty(0, np.int64)  # the server's examples
+        rest = np.arange(len(self.data.y_train))
+        if settings.base_bits is not None and named:
+            own, rest = held_out(self.data, settings)
+        self.partition = self._partition(partition, rest)
+        self.base = None
+        if settings.base_bits is not None:
+            self.base = make_base(model, self.data, settings, self.algorithm, own)
+        self._model = model
         self.trainer = LocalTrainer(model, loss=settings.loss, optimizer=settings.optimizer)
         self._tensors = {
             name: torch.from_numpy(getattr(self.data, name))
@@ -158,6 +168,8 @@ class Simulation:
     ) -> History:
         """Do all rounds, or those that are left, or as many as the observer allows."""
         folder = self._open(output, resume)
+        if folder is not None and self.base is not None:
+            folder.save_base(self._base_arrays())
         observer.started(self.history)
         saved = len(self.history)
         while len(self.history) < self.settings.rounds:
@@ -264,17 +276,27 @@ class Simulation:
             )
         return accuracy, loss
 
-    def _partition(self, partition: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+    def _partition(
+        self, partition: Sequence[np.ndarray] | None, rest: np.ndarray
+    ) -> list[np.ndarray]:
+        """Deal the examples `rest`, which are not the server's."""
         settings, labels = self.settings, self.data.y_train
         if partition is None:
             rng = generator(settings.seed, Purpose.PARTITION)
-            return split(labels, settings.clients, settings.alpha, rng)
+            dealt = split(labels[rest], settings.clients, settings.alpha, rng)
+            return [rest[indices] for indices in dealt]
         if len(partition) != settings.clients:
             raise InvalidInputError(
                 f"partition: expected {settings.clients} clients as in the settings, got "
                 f"{len(partition)}"
             )
-        return check_partition(partition, len(labels))
+        checked = check_partition(partition, len(labels))
+        if len(rest) < len(labels) and not np.isin(np.concatenate(checked), rest).all():
+            raise InvalidInputError(
+                "partition: a client has examples that the server trains the base on; bring a "
+                "trained module, or leave the partition to the settings"
+            )
+        return checked
 
     def _config(self, model_name: str) -> dict[str, Any]:
         data = self.data
@@ -282,7 +304,11 @@ class Simulation:
         return {
             "format": FORMAT,
             "algorithm": self.algorithm.to_dict(),
-            "model": {"name": model_name, "parameters": self.trainer.numel},
+            "model": {
+                "name": model_name,
+                "parameters": self.trainer.numel,
+                **({} if self.base is None else {"base": self.base.to_dict()}),
+            },
             "dataset": {
                 "name": data.name,
                 "fingerprint": data.fingerprint,
@@ -299,6 +325,11 @@ class Simulation:
                 "python": platform.python_version(),
             },
         }
+
+    def _base_arrays(self) -> dict[str, np.ndarray]:
+        """Give the state of the model without its adapters."""
+        state = self._model.state_dict()
+        return {n: t.numpy() for n, t in state.items() if n not in self.trainer.initial}
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(

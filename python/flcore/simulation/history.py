@@ -131,8 +131,21 @@ def summary(history: History) -> list[tuple[str, str]]:
             (f"rounds to {target:.0%}", "not reached" if first is None else str(first))
             for target, first in reached.items()
         ),
+        *_base_rows(history.config["model"].get("base")),
         ("uplink", f"{history.bytes_up / 1e6:.2f} MB"),
         ("uplink, against float32", f"{history.bytes_down / history.bytes_up:.1f} x smaller"),
         ("downlink", f"{history.bytes_down / 1e6:.2f} MB"),
         *((f"time, {name}", f"{seconds[phase]:.2f} s") for phase, name in PHASES.items()),
+    ]
+
+
+def _base_rows(base: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Give the rows about a frozen base."""
+    if base is None:
+        return []
+    return [
+        ("base before training", f"{base['accuracy']:.2%}"),
+        ("base in float32", f"{base['accuracy_float']:.2%}"),
+        ("base, once to each client", f"{base['bytes'] / 1e6:.3f} MB"),
+        ("the same in float32", f"{4 * base['parameters'] / 1e6:.3f} MB"),
     ]

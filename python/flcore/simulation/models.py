@@ -1,8 +1,9 @@
-"""The two small networks that `flcore train` offers; any `torch.nn.Module` can be used instead."""
+"""The small networks that `flcore train` offers; any `torch.nn.Module` can be used instead."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = ["MODELS", "build_model"]
 
 MODELS = {
     "mlp": "one hidden layer of 64 units",
+    "wide": "two hidden layers of 256 units",
     "cnn": "two 3x3 convolutions (32 and 64 channels), each with 2x2 pooling, then a linear layer",
 }
 """Name of each model and what it is."""
@@ -29,11 +31,12 @@ def build_model(
 
     Parameters
     ----------
-    name : {"mlp", "cnn"}
-        On digits the MLP has 64-64-10 units and 4,810 parameters, the CNN 21,386.
+    name : {"mlp", "wide", "cnn"}
+        On digits the MLP has 64-64-10 units and 4,810 parameters, the wide one 85,002, the CNN
+        21,386.
     example_shape : tuple of int
         ``(channels, height, width)`` for the CNN, which needs at least 4 x 4; anything for the
-        MLP, which flattens it.
+        others, which flatten it.
     classes : int
     rng : numpy.random.Generator
         Source of the initial parameters; they do not depend on the version of torch.
@@ -45,13 +48,10 @@ def build_model(
     if name not in MODELS:
         raise InvalidInputError(f"model: there is no {name!r}; choose one of: {', '.join(MODELS)}")
     nn = require("torch", extra="train").nn
-    if name == "mlp":
-        model = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(math.prod(example_shape), 64),
-            nn.ReLU(),
-            nn.Linear(64, classes),
-        )
+    if name != "cnn":
+        sizes = [math.prod(example_shape), *((64,) if name == "mlp" else (256, 256))]
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
     else:
         if len(example_shape) != 3 or min(example_shape[1:]) < 4:
             raise InvalidInputError(

@@ -3,7 +3,9 @@
     config.json              what the run is; written once
     metrics.jsonl            one line a round
     checkpoint.safetensors   everything that the next round needs
-    model.safetensors        the global model, when the run is complete
+    model.safetensors        the global model, when the run is complete; adapters where the base is
+                             frozen
+    base.safetensors         the frozen base in few bits, if there is one
 
 Files that are replaced are written beside themselves and renamed, so that whatever moment a run is
 killed at leaves a folder it can be resumed from.  Nothing is pickled.
@@ -32,7 +34,7 @@ FORMAT = 1
 FILES = ("metrics.jsonl", "checkpoint.safetensors", "model.safetensors")
 """What a run writes beside config.json."""
 
-ADDED = {"loss": "softmax", "optimizer": "sgd"}
+ADDED = {"loss": "softmax", "optimizer": "sgd", "base_bits": None, "lora": 0}
 """Settings that older runs do not have, with what those runs did."""
 
 FREE = (
@@ -196,6 +198,10 @@ class RunFolder:
     def save_model(self, model: Parameters) -> None:
         """Write the final model; its bytes depend on nothing but the parameters."""
         self._save_arrays("model.safetensors", model, {"format": "pt"})
+
+    def save_base(self, arrays: dict[str, np.ndarray]) -> None:
+        """Write the frozen base: the state of the model without what is trained."""
+        self._save_arrays("base.safetensors", arrays, {"format": "pt"})
 
     def _save_arrays(
         self, name: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]

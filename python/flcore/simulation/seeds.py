@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     MODEL = 1
     PARTICIPANTS = 2
     LOCAL_TRAINING = 3
+    BASE = 4
 
 
 def generator(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:

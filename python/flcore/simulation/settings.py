@@ -18,6 +18,7 @@ CONTROL_STEPS = ("saga", "paper")
 STARTS = ("zero", "dense")
 LOSSES = ("softmax", "stablemax")
 OPTIMIZERS = ("sgd", "perpgrad")
+BASE_BITS = (8, 4, 3, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,11 @@ class Settings:
         parameters, tensor by tensor (`flcore.optim.PerpGrad`), which does not lengthen them.
     accumulate : {"float32", "float64", "reproducible"}
         Arithmetic of the sum over clients, see `flcore.aggregation.Accumulator`.
+    base_bits : {None, 8, 4, 3, 2}
+        Freeze the model, its linear layers in so many bits, and train adapters only, see
+        `flcore.simulation.base`.  None: train all parameters.
+    lora : int
+        Rank of the adapters, with `base_bits`.
     threads : int
         Threads of torch and flcore.  One is fastest for networks as small as the MLP.
     checkpoint_every : int
@@ -87,6 +93,8 @@ class Settings:
     loss: str = "softmax"
     optimizer: str = "sgd"
     accumulate: str = "float32"
+    base_bits: int | None = None
+    lora: int = 0
     threads: int = 1
     checkpoint_every: int = 10
 
@@ -116,6 +124,7 @@ class Settings:
         _one_of("loss", self.loss, LOSSES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("accumulate", self.accumulate, ACCUMULATE)
+        self._check_base()
         for name, plain in (("start", "zero"), ("control_step", "saga")):
             if getattr(self, name) != plain and not self.controls_server:
                 raise InvalidInputError(
@@ -142,6 +151,19 @@ class Settings:
             if plain[name] is not None:
                 plain[name] = plain[name].to_dict()
         return plain
+
+    def _check_base(self) -> None:
+        _whole("lora", self.lora, least=0)
+        if self.base_bits is not None and self.base_bits not in BASE_BITS:
+            raise InvalidInputError(
+                f"base_bits: expected {', '.join(map(str, BASE_BITS))} or None, got "
+                f"{self.base_bits!r}"
+            )
+        if (self.base_bits is None) != (self.lora == 0):
+            raise InvalidInputError(
+                f"lora: rank {self.lora} with base_bits={self.base_bits}: a frozen base needs "
+                "adapters (lora of 1 or more), and adapters a frozen base (base_bits)"
+            )
 
     def _check_participation(self) -> None:
         value = self.participation
