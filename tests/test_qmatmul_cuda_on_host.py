@@ -95,13 +95,28 @@ def test_fragment_order_is_a_permutation_of_the_codes(device, scheme, shape, rng
 
 
 def test_a_weight_is_reordered_once_and_forgotten_with_it(device, rng):
-    weight = random_weight(rng, 20, 40, "int4")
+    weight = random_weight(rng, 20, 40, "nf4").to_layout("tile16")
     first = _qmatmul_cuda._fragments(weight)
+    again = QuantizedTensor((20, 40), weight.scheme, "tile16", weight.codes, weight.scales)
     assert _qmatmul_cuda._fragments(weight) is first
-    before = len(_qmatmul_cuda._kept)
-    del weight, first
+    assert _qmatmul_cuda._fragments(again) is first  # the parts are what counts
+    before = len(_qmatmul_cuda._kept())
+    del weight, again
     gc.collect()
-    assert len(_qmatmul_cuda._kept) == before - 1
+    assert len(_qmatmul_cuda._kept()) == before - 1
+
+
+def test_a_weight_that_is_written_to_is_reordered_again(device, rng):
+    weight, other = (random_weight(rng, 20, 40, "int4").to_layout("tile16") for _ in range(2))
+    x = random_x(rng, 3, 40, torch.float16)
+    assert_close(product(x, weight), x, weight)
+    weight.codes.copy_(other.codes)
+    assert_close(product(x, weight), x, weight)
+    weight.scales.copy_(other.scales)
+    assert torch.equal(product(x, weight), product(x, other))
+    with torch.inference_mode():
+        made = random_weight(rng, 20, 40, "int4").to_layout("tile16")
+        assert_close(product(x, made), x, made)
 
 
 # ---- values --------------------------------------------------------------------------------------

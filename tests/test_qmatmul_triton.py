@@ -177,6 +177,10 @@ def test_rows_that_lie_apart_guarded_out_and_no_rows(rng):
         assert_near(out, x, w.dequantize(torch.float64).T)
         assert (buffer[0] == 7).all() and (buffer[1 + m :] == 7).all()
     assert qmatmul(wide[:0, :48], w, variant="triton").shape == (0, 20)
+    fixed = wide[:, :48].numpy().copy()
+    fixed.flags.writeable = False
+    got = qmatmul(fixed[::-1], w.numpy(), variant="triton")
+    assert (got[::-1] == qmatmul(wide[:, :48], w, variant="triton").numpy()).all()
     empty = quantize(np.zeros((5, 0), np.float32), "int4", layout="tile16").torch()
     assert torch.equal(qmatmul(wide[:2, :0], empty, variant="triton"), torch.zeros(2, 5))
     with pytest.raises(DTypeError, match="float64"):

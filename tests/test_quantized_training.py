@@ -53,10 +53,10 @@ def test_adapters_alone_are_trained_and_sent():
 
 
 def test_training_improves_on_the_base():
-    settings = Settings(rounds=15, base_bits=3, lora=8)
+    settings = Settings(rounds=15, base_bits=2, lora=8, alpha=1.0)
     history = run("fedavg", "mlp", "digits", settings)
     base = history.config["model"]["base"]
-    assert history.mean_accuracy() > base["accuracy"] + 0.01
+    assert history.mean_accuracy() > base["accuracy"] + 0.02
     assert history.bytes_up < history.bytes_down / 4
 
 

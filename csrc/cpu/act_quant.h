@@ -34,7 +34,8 @@ FLCORE_INLINE ActScale act_scale(uint32_t top, float low, float high, bool asymm
   if (top >= 0x7f800000u) return {float_of(0x7fc00000u), 0.0f, 0.0f, 0};
   if (top == 0) return {0.0f, 0.0f, 0.0f, 0};
   const float absmax = float_of(top);
-  const float shift = absmax < 0x1p-64f ? 0x1p64f : 1.0f, back = absmax < 0x1p-64f ? 0x1p-64f : 1.0f;
+  const bool small = absmax < 0x1p-64f;
+  const float shift = small ? 0x1p64f : 1.0f, back = small ? 0x1p-64f : 1.0f;
   if (!asymmetric) {
     const float a = absmax * shift;
     return {(a / 127.0f) * back, shift, 127.0f / a, 0};

@@ -20,8 +20,8 @@ constexpr bool HAS_VNNI = false;
 // Sums that wrap come back into range with the terms that follow.
 FLCORE_INLINE vi32 wrapping(const vi32& a, const vi32& b) { return (vi32)((vu32)a + (vu32)b); }
 
-// acc + sum over i of w[4 lane + i] x[4 lane + i], w bytes without a sign, x bytes with one. Without
-// WIDE w is at most 15.
+// acc + sum over i of w[4 lane + i] x[4 lane + i], w bytes without a sign, x bytes with one.
+// Without WIDE w is at most 15.
 template <bool WIDE>
 FLCORE_INLINE vi32 dot4(const vi32& acc, const vi32& w, const vi32& x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
@@ -33,8 +33,9 @@ FLCORE_INLINE vi32 dot4(const vi32& acc, const vi32& w, const vi32& x) {
   }
   const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8);
   const __m512i odd = _mm512_srai_epi16((__m512i)x, 8);
-  const vi32 sum = (vi32)_mm512_madd_epi16((__m512i)(w & 0x00ff00ff), even);
-  return wrapping(wrapping(acc, sum), (vi32)_mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), odd));
+  const vi32 first = (vi32)_mm512_madd_epi16((__m512i)(w & 0x00ff00ff), even);
+  const vi32 second = (vi32)_mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), odd);
+  return wrapping(wrapping(acc, first), second);
 #elif defined(__AVX2__)
   if constexpr (!WIDE) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
@@ -42,8 +43,9 @@ FLCORE_INLINE vi32 dot4(const vi32& acc, const vi32& w, const vi32& x) {
   }
   const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8);
   const __m256i odd = _mm256_srai_epi16((__m256i)x, 8);
-  const vi32 sum = (vi32)_mm256_madd_epi16((__m256i)(w & 0x00ff00ff), even);
-  return wrapping(wrapping(acc, sum), (vi32)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd));
+  const vi32 first = (vi32)_mm256_madd_epi16((__m256i)(w & 0x00ff00ff), even);
+  const vi32 second = (vi32)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd);
+  return wrapping(wrapping(acc, first), second);
 #elif defined(__SSSE3__)
   if constexpr (!WIDE) {
     const __m128i pairs = _mm_maddubs_epi16((__m128i)w, (__m128i)x);
@@ -51,8 +53,9 @@ FLCORE_INLINE vi32 dot4(const vi32& acc, const vi32& w, const vi32& x) {
   }
   const __m128i even = _mm_srai_epi16(_mm_slli_epi16((__m128i)x, 8), 8);
   const __m128i odd = _mm_srai_epi16((__m128i)x, 8);
-  const vi32 sum = (vi32)_mm_madd_epi16((__m128i)(w & 0x00ff00ff), even);
-  return wrapping(wrapping(acc, sum), (vi32)_mm_madd_epi16(_mm_srli_epi16((__m128i)w, 8), odd));
+  const vi32 first = (vi32)_mm_madd_epi16((__m128i)(w & 0x00ff00ff), even);
+  const vi32 second = (vi32)_mm_madd_epi16(_mm_srli_epi16((__m128i)w, 8), odd);
+  return wrapping(wrapping(acc, first), second);
 #else
   vu32 sum = (vu32)acc;
   for (int lane = 0; lane < LANES; ++lane)

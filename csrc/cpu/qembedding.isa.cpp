@@ -85,7 +85,7 @@ FLCORE_INLINE vf32 look_up(const float* table, const vi32& code) {
   return (vf32)_mm256_blendv_ps(low, high, (__m256)(code << 28));
 #else
   vf32 x;
-  for (int k = 0; k < LANES; ++k) x[k] = table[code[k]];
+  for (int k = 0; k < LANES; ++k) x[k] = load<float>(table + code[k]);
   return x;
 #endif
 }
@@ -98,7 +98,7 @@ FLCORE_INLINE vf32 look_up_wide(const float* table, const vi32& code) {
   return (vf32)_mm256_i32gather_ps(table, (__m256i)code, 4);
 #else
   vf32 x;
-  for (int k = 0; k < LANES; ++k) x[k] = table[code[k]];
+  for (int k = 0; k < LANES; ++k) x[k] = load<float>(table + code[k]);
   return x;
 #endif
 }
@@ -117,24 +117,45 @@ FLCORE_INLINE void add(float* acc, float c, const vf32& w) {
     store(acc, load<vf32>(acc) + c * w);
 }
 
-// units of 16 columns with one scale; acc has whole units
+// What codes q stand for.
+template <int BITS, int KIND>
+FLCORE_INLINE vf32 values_of(const vi32& q, float scale, float zero, const float* table) {
+  if constexpr (KIND == QW_INT)
+    return (__builtin_convertvector(q, vf32) - zero) * scale;
+  else if constexpr (KIND == QW_FLOAT_ZERO)
+    return vfma(__builtin_convertvector(q - (1 << (BITS - 1)), vf32), vf32{} + scale,
+                vf32{} + zero);
+  else if constexpr (KIND == QW_TABLE)
+    return look_up(table, q) * scale;
+  else
+    return look_up_wide(table, q) * scale;
+}
+
+// Units of 16 columns with one scale; acc has whole units. Where 16 floats fit in a register, up to
+// 16 products c w are made once and looked up: the same bits for fewer instructions.
 template <int BITS, int KIND, bool FIRST>
 FLCORE_INLINE void add_units(const uint8_t* low, const uint8_t* high, int64_t units, float scale,
                              float zero, const float* table, float c, float* acc) {
+  constexpr bool LOOK_UP = LANES == 16 && BITS <= 4;
+  [[maybe_unused]] float products[LANES];
+  if constexpr (LOOK_UP) {
+    vi32 q;
+    for (int k = 0; k < LANES; ++k) q[k] = k;
+    store(products, c * values_of<BITS, KIND>(q, scale, zero, table));
+  }
   for (int64_t u = 0; u < units; ++u)
     unroll<PARTS>([&](auto p) FLCORE_LAMBDA {
       const vi32 q = unit_codes<BITS>(low + 2 * (BITS == 3 ? 2 : BITS) * u, high + 2 * u, p.value);
+      float* to = acc + UNIT * u + LANES * p.value;
       vf32 w;
-      if constexpr (KIND == QW_INT)
-        w = (__builtin_convertvector(q, vf32) - zero) * scale;
-      else if constexpr (KIND == QW_FLOAT_ZERO)
-        w = vfma(__builtin_convertvector(q - (1 << (BITS - 1)), vf32), vf32{} + scale,
-                 vf32{} + zero);
-      else if constexpr (KIND == QW_TABLE)
-        w = look_up(table, q) * scale;
+      if constexpr (LOOK_UP)
+        w = look_up(products, q);
       else
-        w = look_up_wide(table, q) * scale;
-      add<FIRST>(acc + UNIT * u + LANES * p.value, c, w);
+        w = c * values_of<BITS, KIND>(q, scale, zero, table);
+      if constexpr (FIRST)
+        store(to, w);
+      else
+        store(to, load<vf32>(to) + w);
     });
 }
 

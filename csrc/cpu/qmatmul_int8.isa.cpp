@@ -7,8 +7,8 @@
 // tiles of rows change a bit.
 //
 // Bytes: the codes of W once for up to CHUNK_ROWS rows of x. Work: x is quantised into scratch, in
-// tiles of up to TILE_ROWS rows whose dwords of four k lie side by side; panels of 16 or 32 rows of W
-// go to the threads and meet all tiles in second-level cache. Codes are taken apart in registers,
+// tiles of up to TILE_ROWS rows whose dwords of four k lie side by side; panels of 16 or 32 rows of
+// W go to the threads and meet all tiles in second-level cache. Codes are taken apart in registers,
 // once a tile, on units that dot products leave idle: at 256 rows of x and 4 bits 7 % faster than a
 // panel that is decoded to bytes first. Only 3 bits and more than a few rows take that way.
 #include "api.h"
@@ -27,7 +27,8 @@ constexpr int64_t BUFFER = 1024;      // codes of a row on their way into a tile
 constexpr int INLINE_3 = TILE_ROWS < 4 ? TILE_ROWS : 4;  // rows at most where codes have 3 bits
 constexpr int64_t SHARED_QUANT = 1 << 16;  // values of x that more than one thread quantises
 
-// Where x lies once it is quantised, behind the spans of k: tile t holds rows first(t) .. first(t + 1) - 1.
+// Where x lies once it is quantised, behind the spans of k: tile t holds rows first(t) to
+// first(t + 1) - 1.
 struct Rows {
   int64_t rows, tiles, units, blocks;
   int32_t* words;
@@ -87,7 +88,7 @@ static int64_t scratch_bytes(const QMatmulArgs& a) {
   return quantised_bytes(a, blocks_of(a.w, a.act_block)) + a.threads * thread_bytes(a) + 64;
 }
 
-// ---- x to codes ----------------------------------------------------------------------------------
+// ---- x to codes ---------------------------------------------------------------------------------
 
 template <int D>
 static void quantise_row(const QMatmulArgs& a, int64_t first_row, const Rows& to, int64_t row,
@@ -138,7 +139,7 @@ static void quantise(const QMatmulArgs& a, int64_t first_row, const Rows& to,
   });
 }
 
-// ---- results -------------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------
 
 // up [n, rank] of the panel as [rank][PANEL_ROWS]
 static void turn_up(const QMatmulArgs& a, int64_t n0, int64_t count, float* out) {
@@ -235,7 +236,7 @@ static void run(const QMatmulArgs& a) {
   }
 }
 
-// ---- sums of codes, for asymmetric x ---------------------------------------------------------------
+// ---- sums of codes, for asymmetric x ------------------------------------------------------------
 
 static int64_t sum_blocks(const QWeight& w, int64_t act_block) {
   return blocks_of(w, act_block).count;

@@ -1,6 +1,6 @@
 // The inner kernel of qmatmul_int8: R rows of x against a panel of PANEL_BLOCKS blocks of 16 rows
-// of W, all of k, accumulators in registers. A vector of codes is used R times, a broadcast dword of
-// x PANEL_VECTORS times. Codes of less than 8 bits are taken apart in registers, or come from a
+// of W, all of k, accumulators in registers. A vector of codes is used R times, a broadcast dword
+// of x PANEL_VECTORS times. Codes of less than 8 bits are taken apart in registers, or come from a
 // panel that was decoded to bytes before.
 #pragma once
 
@@ -26,7 +26,7 @@ constexpr int PANEL_BLOCKS = 1, TILE_ROWS = 2;
 constexpr int PANEL_VECTORS = PANEL_BLOCKS * PARTS;
 constexpr int PANEL_ROWS = 16 * PANEL_BLOCKS;
 constexpr int64_t UNIT = 16;           // k that codes are visited by: half a chunk
-constexpr int64_t AHEAD_BYTES = 4096;  // of packed codes
+constexpr int64_t AHEAD_PACKED = 4096, AHEAD_BYTES = 2048;  // of codes that are prefetched
 
 // k cut into blocks of one scale of x and one of W, summed in integers: at most LONGEST positions,
 // for which 255 * 255 * LONGEST is an int32.
@@ -74,7 +74,7 @@ FLCORE_INLINE void fill_spans(const Blocks& b, Span* spans) {
   }
 }
 
-// ---- codes as bytes ------------------------------------------------------------------------------
+// ---- codes as bytes -----------------------------------------------------------------------------
 
 // Codes of k = 16 unit + 4 S .. + 3 of the rows of a block that its vector `part` holds.
 template <int BITS, int S>
@@ -117,7 +117,7 @@ FLCORE_INLINE void decode_block(int bits, const uint8_t* block, int64_t units, u
     decode_units<8>(block, units, out);
 }
 
-// ---- a tile --------------------------------------------------------------------------------------
+// ---- a tile -------------------------------------------------------------------------------------
 
 struct Panel {
   const uint8_t* codes[PANEL_BLOCKS];  // the last one may repeat its neighbour
@@ -189,10 +189,12 @@ static void tile(const Panel& p, const Tile& x, float* y) {
     vi32 more[CHAINS][R][PANEL_VECTORS] = {};  // [0] is not used
     for (int64_t u = p.spans[b].begin; u < end; ++u) {
       const int32_t* words = x.words + u * 4 * R;
-      if constexpr (BITS < 8)
+      if constexpr (BITS < 8 || R >= 4)
         for (int c = 0; c < PANEL_BLOCKS; ++c)
-          for (int line = 0; line < 2 * BITS * 16; line += 64)
-            __builtin_prefetch(codes[c] + u * (BITS * 32) + line + AHEAD_BYTES, 0, 2);
+          for (int line = 0; line < 32 * BITS; line += 64)
+            __builtin_prefetch(codes[c] + u * (32 * BITS) + line +
+                                   (BITS < 8 ? AHEAD_PACKED : AHEAD_BYTES),
+                               0, BITS < 8 ? 2 : 3);
       unroll<4>([&](auto s) FLCORE_LAMBDA {
         vi32 w[PANEL_VECTORS];
         unroll<PANEL_VECTORS>([&](auto v) FLCORE_LAMBDA {

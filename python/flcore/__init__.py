@@ -2,7 +2,8 @@
 
 Submodules are imported on first use, so that `import flcore` costs NumPy and the compiled core
 only: aggregation, algorithms, bench, compression, integrations, losses, nn, ops, optim, privacy,
-quantization, reference, simulation. The parts that need torch say so when they are imported without it.
+quantization, reference, simulation. The parts that need torch say so when they are imported
+without it.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ take 4 there.
 
 from __future__ import annotations
 
+import functools
 import sys
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,8 @@ class _Fragments:
 
     Attributes
     ----------
+    source : tuple
+        Addresses, versions and scheme of the weight it was made of.
     fields : dict
         Fields of QWeight, with the addresses of `arrays`.
     arrays : tuple
@@ -88,6 +90,7 @@ class _Fragments:
         What the codes stand for, where that is a table.
     """
 
+    source: tuple[Any, ...]
     fields: dict[str, int]
     arrays: tuple[Any, ...]
     levels: np.ndarray | None
@@ -129,16 +132,28 @@ class _Fragments:
         return {"lookup": address, "terms": len(values), "unit": unit}
 
 
-_kept: weakref.WeakKeyDictionary[Any, _Fragments] = weakref.WeakKeyDictionary()
+@functools.cache
+def _kept() -> Any:
+    """Return what was made of a weight, by the tensor of its codes in the layout tile16."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
 
 
 def _fragments(weight: Any) -> _Fragments:
-    if weight not in _kept:
-        _kept[weight] = _repacked(weight)
-    return _kept[weight]
+    """Return the codes of a weight in fragment order, made again where one of its parts changed."""
+    tiled = weight.tiled()
+    fields = weight.kernel_args()
+    places = tuple(value for name, value in fields.items() if name != "table")
+    versions = tuple(-1 if x.is_inference() else x._version for x in tiled.arrays.values())
+    source = places, versions, weight.scheme
+    found: _Fragments | None = _kept().get(tiled.codes)
+    if found is None or found.source != source:
+        found = _kept()[tiled.codes] = _repacked(weight, source)
+    return found
 
 
-def _repacked(weight: Any) -> _Fragments:
+def _repacked(weight: Any, source: tuple[Any, ...]) -> _Fragments:
     torch, cuda = sys.modules["torch"], _native.cuda
     tiled = weight.tiled()
     fields = dict(weight.kernel_args())
@@ -157,11 +172,12 @@ def _repacked(weight: Any) -> _Fragments:
             fields[name] = _arrays.address(part)
             arrays.append(part)
     fields["codes"] = _arrays.address(codes)
+    fields["table"] = fields["codes"] if fields["table"] else 0  # read through a lookup instead
     levels = None
     if fields["kind"] in CODED:
         table = None if tiled.table is None else tiled.table.cpu().numpy()
         levels = wq.code_levels(fields["bits"], fields["kind"], table)
-    return _Fragments(fields, (*arrays, tiled.table), levels, codes.device)
+    return _Fragments(source, fields, tuple(arrays), levels, codes.device)
 
 
 def _unit(levels: np.ndarray, dtype: str) -> float:

@@ -103,6 +103,8 @@ def as_tensor(x: Any) -> Any:
     if x is None:
         return None
     if isinstance(x, np.ndarray):
+        if not x.flags.writeable or min(x.strides, default=0) < 0:  # torch has no such tensors
+            x = x.copy()
         if x.dtype.name in ("bfloat16", "uint16"):
             return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(x)
@@ -113,14 +115,21 @@ def as_weight(weight: Any) -> Weight:
     """Return a `QuantizedTensor` as kernels take it."""
     tiled = weight.tiled()
     (n, k), bits = weight.shape, weight.scheme.bits
-    codes = as_tensor(tiled.codes)
+    codes, table = as_tensor(tiled.codes), weight.scheme.table
     if codes.data_ptr() % 4:
         codes = codes.clone()
     return Weight(
         n, k, bits, weight.scheme.kind_code, max(1, min(weight.group, k)), weight.groups,
         -(-k // 32) * bits, codes.view(torch.int32), as_tensor(tiled.scales),
-        as_tensor(tiled.zeros), as_tensor(tiled.table), weight.scheme.table,
+        as_tensor(tiled.zeros),
+        None if table is None else table_of(table.tobytes(), str(codes.device)), table,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def table_of(table: bytes, device: str) -> torch.Tensor:
+    """Return the levels of a codebook on a device; copied there once, as that waits for it."""
+    return torch.from_numpy(np.frombuffer(table, np.float32).copy()).to(device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -114,10 +114,7 @@ def quantize_activation(
         function(source, rows, k, block, out)
     shapes = [(*lead, k)] + [(*lead, count)] * 3
     return QuantizedActivation(
-        *(
-            None if part is None else part.reshape(s)
-            for part, s in zip(out, shapes, strict=True)
-        )
+        *(None if part is None else part.reshape(s) for part, s in zip(out, shapes, strict=True))
     )
 
 

@@ -37,7 +37,7 @@ def qmatmul_dx(
         A of the adapters.
     out : array (..., k), optional
         Where the result goes; untouched when the call raises.
-    variant : {"reference", "cpu"}, optional
+    variant : {"reference", "cpu", "triton"}, optional
         Which implementation runs; by default the best for the device.
 
     Returns
@@ -68,7 +68,8 @@ def qmatmul_dx(
     ``2^-15 max|dy| max|S| sum_n |q - Z|`` for each 256 rows: for normally distributed values a
     thirtieth of what rounding the result to bfloat16 costs. A row of `dy` in which one value is 64
     times (float16: 12 times) the mean of its 256, or that has fewer than 4 values, is multiplied in
-    float32.
+    float32. The variant `triton` takes 16 bits of every ``dy S`` of a 16-bit `dy`, which adds at
+    most ``2^-16 sum_n |dy w|``.
 
     References
     ----------
