@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "api.h"
 #include "bindings/bindings.h"
@@ -88,21 +89,56 @@ inline QMatmulArgs qmatmul_args(const pybind11::dict& weight, const pybind11::di
   return a;
 }
 
-// m.def(name): one product, run without the GIL on scratch of its own.
+// Runs a checked call on scratch of its own, without the GIL.
+template <class Fns>
+void run_qmatmul(const Fns& fns, QMatmulArgs& args) {
+  pybind11::gil_scoped_release nogil;
+  const Scratch scratch(fns.scratch(args));
+  args.scratch = scratch.data();
+  fns.run(args);
+}
+
+// What the short way of a product takes (flcore/ops/_qmatmul_call.py): addresses of contiguous rows
+// of one dtype and a weight that was checked when its QWeight was made.
+inline QMatmulArgs plain_args(const QWeight& w, int64_t m, uintptr_t x, uintptr_t y, int dtype,
+                              int64_t act_block, int threads, bool gradient) {
+  FLCORE_CHECK(dtype == F32 || dtype == F16 || dtype == BF16, "dtype: expected 1 to 3, got ", dtype);
+  FLCORE_CHECK(m >= 1 && w.n >= 1 && w.k >= 1 && x && y, "m, n, k, x, y: expected rows");
+  FLCORE_CHECK(act_block >= 0 && act_block % 16 == 0,
+               "act_block: expected a multiple of 16, or 0, got ", act_block);
+  QMatmulArgs a = {};
+  a.w = w;
+  a.m = m;
+  a.x = reinterpret_cast<const void*>(x);
+  a.y = reinterpret_cast<void*>(y);
+  a.x_dtype = a.y_dtype = dtype;
+  a.x_stride = gradient ? w.n : w.k;
+  a.y_stride = gradient ? w.k : w.n;
+  a.act_block = act_block;
+  a.threads = threads < 1 ? 1 : threads;
+  return a;
+}
+
+// m.def(name) and m.def(name_plain): one product.
 inline void def_qmatmul(pybind11::module_& m, const char* name,
                         const QMatmulFns* CpuTable::*kernel, bool gradient, const char* doc) {
+  namespace py = pybind11;
   m.def(
       name,
-      [kernel, gradient](const pybind11::dict& weight, const pybind11::dict& call) {
+      [kernel, gradient](const py::dict& weight, const py::dict& call) {
         QMatmulArgs args = qmatmul_args(weight, call, gradient);
-        if (!args.m || !(gradient ? args.w.k : args.w.n)) return;
-        pybind11::gil_scoped_release nogil;
-        const QMatmulFns& fns = *(cpu().*kernel);
-        const Scratch scratch(fns.scratch(args));
-        args.scratch = scratch.data();
-        fns.run(args);
+        if (args.m && (gradient ? args.w.k : args.w.n)) run_qmatmul(*(cpu().*kernel), args);
       },
-      pybind11::arg("weight"), pybind11::arg("call"), doc);
+      py::arg("weight"), py::arg("call"), doc);
+  m.def(
+      (std::string(name) + "_plain").c_str(),
+      [kernel, gradient](const QWeight& w, int64_t rows, uintptr_t x, uintptr_t y, int dtype,
+                         int64_t act_block, int threads) {
+        QMatmulArgs args = plain_args(w, rows, x, y, dtype, act_block, threads, gradient);
+        run_qmatmul(*(cpu().*kernel), args);
+      },
+      py::arg("weight"), py::arg("m"), py::arg("x"), py::arg("y"), py::arg("dtype"),
+      py::arg("act_block"), py::arg("threads"), doc);
 }
 
 }  // namespace flcore

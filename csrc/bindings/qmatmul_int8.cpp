@@ -16,22 +16,31 @@ void check_kind(const QWeight& w) {
                "kind: expected codes that stand for integers, got ", w.kind);
 }
 
+void check_block(const QWeight& w, int64_t act_block) {
+  FLCORE_CHECK(act_block == 0 || act_block >= w.k || w.group >= w.k || act_block % w.group == 0 ||
+                   w.group % act_block == 0,
+               "act_block: expected a divisor or a multiple of the group ", w.group, ", got ",
+               act_block);
+}
+
 void qmatmul_int8(const py::dict& weight, const py::dict& call, bool asymmetric,
                   uintptr_t code_sums) {
   QMatmulArgs args = qmatmul_args(weight, call, false);
   check_kind(args.w);
   if (!args.m || !args.w.n) return;
-  const int64_t act = args.act_block, group = args.w.group, k = args.w.k;
-  FLCORE_CHECK(act == 0 || act >= k || group >= k || act % group == 0 || group % act == 0,
-               "act_block: expected a divisor or a multiple of the group ", group, ", got ", act);
+  check_block(args.w, args.act_block);
   args.asymmetric = asymmetric;
   args.code_sums = reinterpret_cast<const int32_t*>(code_sums);
-  FLCORE_CHECK(!asymmetric || args.code_sums || !k, "code_sums: no address");
-  py::gil_scoped_release nogil;
-  const QMatmulInt8Fns& fns = *cpu().qmatmul_int8;
-  const Scratch scratch(fns.scratch(args));
-  args.scratch = scratch.data();
-  fns.run(args);
+  FLCORE_CHECK(!asymmetric || args.code_sums || !args.w.k, "code_sums: no address");
+  run_qmatmul(*cpu().qmatmul_int8, args);
+}
+
+void qmatmul_int8_plain(const QWeight& w, int64_t m, uintptr_t x, uintptr_t y, int dtype,
+                        int64_t act_block, int threads) {
+  QMatmulArgs args = plain_args(w, m, x, y, dtype, act_block, threads, false);
+  check_kind(w);
+  check_block(w, act_block);
+  run_qmatmul(*cpu().qmatmul_int8, args);
 }
 
 int64_t blocks(const py::dict& weight, int64_t act_block) {
@@ -79,6 +88,9 @@ void bind_qmatmul_int8(py::module_& m) {
   m.def("qmatmul_int8", &qmatmul_int8, py::arg("weight"), py::arg("call"), py::arg("asymmetric"),
         py::arg("code_sums"),
         "y = x W^T + bias + low up^T with x quantised (csrc/cpu/qmatmul_int8.isa.cpp).");
+  m.def("qmatmul_int8_plain", &qmatmul_int8_plain, py::arg("weight"), py::arg("m"), py::arg("x"),
+        py::arg("y"), py::arg("dtype"), py::arg("act_block"), py::arg("threads"),
+        "The same for contiguous rows, symmetric, without what is added.");
   m.def("qmatmul_int8_blocks", &blocks, py::arg("weight"), py::arg("act_block"),
         "Blocks of k that are summed in integers.");
   m.def("qmatmul_int8_code_sums", &code_sums, py::arg("weight"), py::arg("act_block"),

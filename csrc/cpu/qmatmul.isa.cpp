@@ -62,8 +62,7 @@ Route route_of(const QMatmulArgs& a) {
   const bool whole = w.kind == QW_INT || w.kind == QW_FLOAT_ZERO;
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   r.limbs = whole && a.m <= LIMB_ROWS && (a.x_dtype != BF16 || w.bits == 8);
-  r.pairs = !r.limbs && a.x_dtype == BF16 && (w.kind != QW_TABLE || holds_levels(w.table)) &&
-            !(r.direct && r.code == INT8);
+  r.pairs = !r.limbs && a.x_dtype == BF16 && !(r.direct && r.code == INT8);
 #endif
   r.base = !whole              ? 0
            : r.pairs           ? 1 << (w.bits - 1)

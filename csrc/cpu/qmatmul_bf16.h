@@ -1,6 +1,6 @@
-// Products of bfloat16 pairs (AVX512_BF16): 32 codes an instruction. x is bfloat16; integer codes,
-// FP8 and levels that bfloat16 holds are exact in it. Scales are applied to float32 sums, once a
-// segment.
+// Products of bfloat16 pairs (AVX512_BF16): 32 codes an instruction. x is bfloat16; integer codes
+// and FP8 are exact in it, levels of a table are rounded to it, as the weight is where QLoRA (arXiv
+// 2305.14314, equation 5) multiplies. Scales are applied to float32 sums, once a segment.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -37,14 +37,11 @@ struct PairLevels {
 
 __attribute__((noinline)) PairLevels pair_levels(const QWeight& w, const Levels& levels) {
   alignas(64) uint16_t t[32];
-  for (int i = 0; i < 32; ++i) t[i] = uint16_t(bits_of(levels.of[i]) >> 16);
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t u = bits_of(levels.of[i]);
+    t[i] = uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);  // to nearest even; only tables need it
+  }
   return PairLevels{_mm512_load_si512(t), w.kind == QW_E5M2};
-}
-
-FLCORE_INLINE bool holds_levels(const float* table) {
-  for (int i = 0; i < 16; ++i)
-    if (bits_of(table[i]) & 0xffffu) return false;
-  return true;
 }
 
 // Finite FP8 in the low byte of each word to bfloat16; subnormals are looked up.

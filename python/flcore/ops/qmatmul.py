@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flcore import _native, _variants
-from flcore.ops._qmatmul_call import QMatmulCall, native, prepare, run
+from flcore.ops._qmatmul_call import QMatmulCall, native, plain, prepare, run
 
 __all__ = ["qmatmul"]
 
@@ -60,11 +60,13 @@ def qmatmul(
     Notes
     -----
     Sums are float32; the bits do not depend on the number of threads, but may on the instruction
-    set and on the number of rows. On a CPU nothing is rounded to less than float32 on the way:
-    where pairs of bfloat16 are multiplied, x and all codes are exact in bfloat16; where digits of 8
-    bits are (up to four rows, weights of integers), x is taken to 2^-31 of the largest of the up
-    to 256 values of its group. A row of `x` with a single 1 gives that column of W as float32 has
-    it, and products of small whole numbers are exact. A row of `x` that is not finite has results
+    set and on the number of rows. On a CPU nothing is rounded to less than float32 on the way but
+    levels of a codebook beside a bfloat16 `x`, which AVX512_BF16 takes in bfloat16 (2^-8 of a level
+    at most; QLoRA, equation 5, rounds the whole weight): where pairs of bfloat16 are multiplied, x
+    and all other codes are exact in it; where digits of 8 bits are (up to four rows, weights of
+    integers), x is taken to 2^-31 of the largest of the up to 256 values of its group. But for
+    these levels a row of `x` with a single 1 gives that column of W as float32 has it, and products
+    of small whole numbers are exact. A row of `x` that is not finite has results
     that are not finite.
 
     The variant `cuda` multiplies float16 or bfloat16; see its file for what is rounded. `triton`
@@ -75,7 +77,7 @@ def qmatmul(
     ----------
     Lin et al., "AWQ", MLSys 2024, arXiv 2306.00978 (products from packed 4-bit weights); Guo et
     al., "FLUTE", EMNLP Findings 2024, arXiv 2407.10960 (codes as indices of a table); Hu et al.,
-    "LoRA", arXiv 2106.09685 (the term of low rank).
+    "LoRA", arXiv 2106.09685 (the term of low rank); Dettmers et al., "QLoRA", arXiv 2305.14314.
 
     Examples
     --------
@@ -86,6 +88,10 @@ def qmatmul(
     >>> bool((qmatmul(np.float32([[0, 1, 0, 0]]), w) == w.dequantize()[:, 1]).all())
     True
     """
+    if variant is None and out is None and bias is None and low is None and up is None:
+        found = plain(_native.core.qmatmul_plain, x, weight)
+        if found is not None:
+            return found
     return run("qmatmul", prepare(x, weight, bias, low=low, up=up, out=out), variant)
 
 

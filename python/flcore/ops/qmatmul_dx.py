@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flcore import _native, _variants
-from flcore.ops._qmatmul_call import QMatmulCall, native, prepare, run
+from flcore.ops._qmatmul_call import QMatmulCall, native, plain, prepare, run
 
 __all__ = ["qmatmul_dx"]
 
@@ -84,6 +84,10 @@ def qmatmul_dx(
     >>> bool((qmatmul_dx(np.float32([[0, 1]]), w) == w.dequantize()[1]).all())
     True
     """
+    if variant is None and out is None and low is None and up is None:
+        found = plain(_native.core.qmatmul_dx_plain, dy, weight, gradient=True)
+        if found is not None:
+            return found
     call = prepare(dy, weight, low=low, up=up, out=out, gradient=True, name="dy")
     return run("qmatmul_dx", call, variant, name="dy")
 

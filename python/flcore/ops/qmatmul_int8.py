@@ -11,7 +11,7 @@ import numpy as np
 
 from flcore import _arrays, _native, _variants
 from flcore.errors import DTypeError, InvalidInputError
-from flcore.ops._qmatmul_call import QMatmulCall, native, prepare, run
+from flcore.ops._qmatmul_call import QMatmulCall, native, plain, prepare, run
 
 __all__ = ["qmatmul_int8"]
 
@@ -99,15 +99,26 @@ def qmatmul_int8(
     >>> qmatmul_int8(np.float32([[1, 1, 1, 1]]), w).round(1)
     array([[ 2. , -1.5]], dtype=float32)
     """
+    simple = bias is None and low is None and up is None and out is None and not asymmetric
+    if variant is None and simple and getattr(weight, "scheme", None) and _is_integer(weight):
+        found = plain(
+            _native.core.qmatmul_int8_plain, x, weight, lambda w: _act_block(w, act_block)
+        )
+        if found is not None:
+            return found
     call = prepare(
         x, weight, bias, low=low, up=up, out=out, act_block=0, asymmetric=bool(asymmetric)
     )
-    if weight.scheme.kind not in KINDS:
+    if not _is_integer(weight):
         raise DTypeError(
             f"weight: expected codes that stand for integers ({', '.join(KINDS)}), got "
             f"{weight.scheme.kind!r}: use flcore.ops.qmatmul"
         )
     return run("qmatmul_int8", replace(call, act_block=_act_block(weight, act_block)), variant)
+
+
+def _is_integer(weight: Any) -> bool:
+    return bool(weight.scheme.kind in KINDS)
 
 
 def _act_block(weight: Any, act_block: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flcore import _arrays
+from flcore import _arrays, _native
 from flcore import _weight_arrays as parts
 from flcore.errors import InvalidInputError
 from flcore.ops import weight_quant as ops
@@ -65,6 +65,7 @@ class QuantizedTensor:
         self.table = None if table is None else parts.like(table, codes)
         self._tiled: QuantizedTensor | None = None
         self._arguments: dict[str, int] | None = None
+        self._handle: Any = None
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -72,7 +73,7 @@ class QuantizedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are those of this object's memory; a copy has memory of its own.
-        return {**self.__dict__, "_tiled": None, "_arguments": None}
+        return {**self.__dict__, "_tiled": None, "_arguments": None, "_handle": None}
 
     # ---- parts -----------------------------------------------------------------------------------
 
@@ -233,6 +234,13 @@ class QuantizedTensor:
                 "table": 0 if tiled.table is None else _arrays.address(tiled.table),
             }
         return tiled._arguments
+
+    def kernel_handle(self) -> Any:
+        """Return QWeight of the core for a weight on the CPU, None for one elsewhere; kept."""
+        if self._handle is None:
+            handle = _native.core.QWeight(self.kernel_args()) if self.device == "cpu" else False
+            self._handle = handle
+        return self._handle or None
 
     def dequantize(self, dtype: Any = "float32", *, out: Any = None) -> Any:
         """Return the weight as an array (n, k) of `dtype`, of the kind the parts are.
