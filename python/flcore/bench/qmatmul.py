@@ -150,24 +150,31 @@ def build_nf4(setup: Setup, *, m: int, n: int, k: int, dtype: str) -> Workload:
     if bnb is None:
         absent[name] = why
     else:
-        layers = []
-        for w in inputs.weights:
-            layer = bnb.nn.Linear4bit(
-                k, n, bias=False, compute_dtype=inputs.x.dtype, quant_type="nf4"
-            )
-            layer.weight = bnb.nn.Params4bit(
-                w.dequantize("float32"), requires_grad=False, quant_type="nf4", blocksize=64
-            )
-            layers.append(layer.to("cpu").eval())
-
-        def linear(slot: int) -> Any:
-            with torch.no_grad():
-                return layers[slot](inputs.x)
-
-        for slot in range(len(layers)):
-            linear(slot)  # the first call packs
         check = inputs.check(dtype, 2.0**-5)  # a block without the code of 1 gets another scale
-        peers.append(Contestant(name, linear, _numpy, matches=check))
+        wants_grad = inputs.x.clone().requires_grad_()  # then W is dequantised for the product
+
+        def layers(training: bool) -> Callable[[int], Any]:
+            made = []
+            for w in inputs.weights:
+                layer = bnb.nn.Linear4bit(
+                    k, n, bias=False, compute_dtype=inputs.x.dtype, quant_type="nf4"
+                )
+                layer.weight = bnb.nn.Params4bit(
+                    w.dequantize("float32"), requires_grad=False, quant_type="nf4", blocksize=64
+                )
+                made.append(layer.to("cpu").train(training))
+            x = wants_grad if training else inputs.x
+
+            def linear(slot: int) -> Any:
+                with torch.set_grad_enabled(training):
+                    return made[slot](x).detach()
+
+            for slot in range(len(made)):
+                linear(slot)  # the first call packs
+            return linear
+
+        peers.append(Contestant(name, layers(False), _numpy, matches=check))
+        peers.append(Contestant(f"{name}, in training", layers(True), _numpy, matches=check))
     dense = Contestant(
         f"torch F.linear {dtype}",
         inputs.linear(dtype),

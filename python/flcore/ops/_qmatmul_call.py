@@ -153,15 +153,14 @@ def plain(
 ) -> Any:
     """Return the result where nothing has to be prepared, None where `prepare` must look.
 
-    A product of one row takes some tenths of a millisecond, and all that Python touches between two
-    of them has left the caches: this way touches little.
+    Between two products of one row most of what Python touches has left the caches.
 
     Parameters
     ----------
     kernel : function
         ``*_plain`` of the core.
     x, weight, gradient
-        As for `prepare`: contiguous rows on the CPU of a dtype that kernels take.
+        As for `prepare`.
     act_block : int or function of the weight
         As for `prepare`.
     """
