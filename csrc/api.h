@@ -74,7 +74,8 @@ enum StepKind : int {
   STEP_ADAGRAD = 2,
   STEP_ADAM = 3,
   STEP_YOGI = 4,
-  STEP_KIND_COUNT = 5
+  STEP_LINEAR = 5,
+  STEP_KIND_COUNT = 6
 };
 
 // One step of a server optimiser along D = sum_i weights[i] x_i / divisor (formulas in cpu/step.h);
@@ -932,6 +933,64 @@ struct PerpGradFns {
   bool (*perp_grad)(const PerpGradArgs&);
 };
 
+// ---- local_step: what a client does to its parameters (csrc/cpu/local_step.isa.cpp) ------------
+
+// The pieces of a group (the tensors of one model, or one row of a matrix) share a norm and numbers.
+// With v = alpha g + q, s = 1 unless told otherwise, all in the dtype (16-bit types: float32):
+//   STEP     b = scale v + decay x, or with `full` scale (v + decay x); state = momentum state + b;
+//            x -= rate d, d = b without state, state with it, b + momentum state with `nesterov`
+//            scale = 1, or clip / ||v|| (`full`: ||v + decay x||) where the norm is above clip
+//   NORM     norms = ||v||
+//   SHIFT    out = x + rate v
+//   SAM      out = x + rate / (||v|| + eps) v
+//   UPDATE   out = x - g
+//   DUAL     out = x - g;  state += out
+//   CONTROL  out = x - g;  state = (state - q) - rate out
+enum LocalKind : int {
+  LOCAL_STEP = 0,
+  LOCAL_NORM = 1,
+  LOCAL_SHIFT = 2,
+  LOCAL_SAM = 3,
+  LOCAL_UPDATE = 4,
+  LOCAL_DUAL = 5,
+  LOCAL_CONTROL = 6,
+  LOCAL_KIND_COUNT = 7
+};
+
+// Sums of squares in float64: lane c % LOCAL_LANES of a tile takes its coordinate c, lane
+// t % LOCAL_JOIN of a group its tile t; lanes are added in a tree. pykernels/local_step.py too.
+constexpr int64_t LOCAL_TILE = 4096;
+constexpr int LOCAL_LANES = 16, LOCAL_JOIN = 128;
+
+struct LocalNumbers {  // of one group
+  double rate, alpha, decay, clip, momentum;
+};
+
+struct LocalArgs {
+  int kind;                     // LocalKind
+  int64_t count;                // groups that take part,
+  const int64_t* group;         //   [count] and which
+  const int64_t* first_piece;   // [groups + 1]: group k has pieces first_piece[k] .. - 1
+  const int64_t* first_tile;    // [pieces + 1] tiles of all pieces before
+  const int64_t* numel;         // [pieces]
+  const int* dtype;             // [pieces] DType
+  void* const* x;               // [pieces], any alignment, as all that follow; STEP writes it
+  const void* const* g;         // [pieces]
+  const void* const* q;         // [pieces] or null
+  void* const* state;           // [pieces] or null
+  void* const* out;             // [pieces] or null; may be one of the others
+  const LocalNumbers* numbers;  // [groups]
+  double eps;
+  bool clipped, full, nesterov, first;  // first: the state is written without being read
+  double* norms;                // [groups]
+  double* tiles;                // [tiles of all pieces] scratch, null with one thread
+  int threads;
+};
+
+struct LocalStepFns {
+  void (*run)(const LocalArgs&);
+};
+
 // ---- rowloss: cross-entropies of rows of logits, with gradient (csrc/cpu/rowloss.isa.cpp) ------
 
 enum RowMap : int { ROW_SOFTMAX = 0, ROW_STABLEMAX = 1, ROW_TAYLOR = 2, ROW_MAP_COUNT = 3 };
@@ -1245,6 +1304,7 @@ struct CpuTable {
   const LutAddFns* lut_add;
   const RowLossFns* rowloss;
   const PerpGradFns* perp_grad;
+  const LocalStepFns* local_step;
   const StableMaxFns* stablemax;
   const QEmbeddingFns* qembedding;
   const QMatmulFns* qmatmul;

@@ -53,6 +53,7 @@ SCALARS = tl.constexpr(
 # new v, copy, noise
 HEAD = tl.constexpr(10)
 SGD, MOMENTUM, ADAGRAD, ADAM = (tl.constexpr(KINDS.index(k)) for k in KINDS[:4])
+LINEAR = tl.constexpr(KINDS.index("linear"))
 STEP_NONFINITE = tl.constexpr(4)  # CombineFlags in csrc/api.h
 
 
@@ -140,6 +141,10 @@ def step_block(
         if KIND == MOMENTUM:
             m = scalar(table_ptr, 2, WIDE) * m + d
             w = w + lr * m
+        elif KIND == LINEAR:
+            m = scalar(table_ptr, 2, WIDE) * m + scalar(table_ptr, 4, WIDE) * d
+            w = (w + lr * d) + scalar(table_ptr, 6, WIDE) * m
+            flags = flags | nonfinite_flag(m, inside)
         else:
             m = scalar(table_ptr, 2, WIDE) * m + scalar(table_ptr, 3, WIDE) * d
             v = load_some(pointer(entry_ptr + 4, S, ALIGNED) + at, inside, FULL)

@@ -77,64 +77,49 @@ FAR = 1 << 62
 # The contraction of "dx" is n: its BN are k, BK rows of W. "wide" is for float32 and codebooks,
 # whose factors are cut into parts; "int8" multiplies integers, "int8 whole" with one scale a row
 # and symmetric activations.
+_AMPERE = {
+    "gemm": (
+        Tile(16, 16, 64, 128, 4, 4),
+        Tile(32, 32, 64, 128, 4, 3),
+        Tile(64, 64, 64, 64, 4, 3),
+        Tile(FAR, 128, 128, 32, 8, 3),
+    ),
+    "wide": (
+        Tile(16, 16, 64, 64, 4, 3),
+        Tile(FAR, 64, 64, 32, 4, 3),
+    ),
+    "dx": (
+        Tile(16, 16, 64, 64, 4, 3),
+        Tile(32, 32, 64, 64, 4, 3),
+        Tile(FAR, 64, 64, 32, 4, 3),
+    ),
+    "int8": (
+        Tile(16, 16, 32, 128, 4, 4),
+        Tile(32, 32, 64, 128, 4, 3),
+        Tile(64, 64, 64, 128, 4, 3),
+        Tile(FAR, 128, 64, 64, 8, 3),
+    ),
+    "int8 whole": (
+        Tile(16, 16, 32, 128, 4, 4),
+        Tile(32, 32, 64, 128, 4, 3),
+        Tile(64, 64, 64, 128, 4, 3),
+        Tile(FAR, 128, 128, 64, 8, 3),
+    ),
+}
+
+
+def _staged(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Return the tiles with four stages, but for the last."""
+    return (*(tile._replace(stages=4) for tile in tiles[:-1]), tiles[-1])
+
+
 PLANS: dict[tuple[int, int], dict[str, tuple[Tile, ...]]] = {
-    (8, 0): {
-        "gemm": (
-            Tile(16, 16, 64, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 3),
-            Tile(64, 64, 64, 64, 4, 3),
-            Tile(FAR, 128, 128, 32, 8, 3),
-        ),
-        "wide": (
-            Tile(16, 16, 64, 64, 4, 3),
-            Tile(FAR, 64, 64, 32, 4, 3),
-        ),
-        "dx": (
-            Tile(16, 16, 64, 64, 4, 3),
-            Tile(32, 32, 64, 64, 4, 3),
-            Tile(FAR, 64, 64, 32, 4, 3),
-        ),
-        "int8": (
-            Tile(16, 16, 32, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 3),
-            Tile(64, 64, 64, 128, 4, 3),
-            Tile(FAR, 128, 64, 64, 8, 3),
-        ),
-        "int8 whole": (
-            Tile(16, 16, 32, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 3),
-            Tile(64, 64, 64, 128, 4, 3),
-            Tile(FAR, 128, 128, 64, 8, 3),
-        ),
-    },
+    (8, 0): _AMPERE,
     (9, 0): {
-        "gemm": (
-            Tile(16, 16, 64, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 4),
-            Tile(64, 64, 64, 64, 4, 4),
-            Tile(FAR, 128, 128, 64, 8, 3),
-        ),
-        "wide": (
-            Tile(16, 16, 64, 64, 4, 3),
-            Tile(FAR, 64, 64, 32, 4, 3),
-        ),
-        "dx": (
-            Tile(16, 16, 64, 64, 4, 3),
-            Tile(32, 32, 64, 64, 4, 3),
-            Tile(FAR, 64, 64, 32, 4, 3),
-        ),
-        "int8": (
-            Tile(16, 16, 32, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 4),
-            Tile(64, 64, 64, 128, 4, 4),
-            Tile(FAR, 128, 64, 64, 8, 3),
-        ),
-        "int8 whole": (
-            Tile(16, 16, 32, 128, 4, 4),
-            Tile(32, 32, 64, 128, 4, 4),
-            Tile(64, 64, 64, 128, 4, 4),
-            Tile(FAR, 128, 128, 64, 8, 3),
-        ),
+        **_AMPERE,
+        "gemm": (*_staged(_AMPERE["gemm"])[:-1], Tile(FAR, 128, 128, 64, 8, 3)),
+        "int8": _staged(_AMPERE["int8"]),
+        "int8 whole": _staged(_AMPERE["int8 whole"]),
     },
 }
 

@@ -26,6 +26,8 @@ NEED_TORCH = (
     "flcore.quantization._model",
     "flcore.quantization.preparation",
     "flcore.bench.char_transformer",
+    "flcore.simulation.layers",
+    "flcore.simulation.models",
 )
 MODULES = sorted(
     m.name
@@ -77,6 +79,24 @@ def test_page_on_quantized_layers_runs():
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(block, "docs/quantized-layers.md", "exec"), names)
     assert len(names["report"].quantized) == 2
+
+
+def test_page_on_algorithms_runs():
+    """Its blocks go on from each other."""
+    pytest.importorskip("torch")
+    text, names = (ROOT / "docs" / "algorithms.md").read_text(), {"__name__": __name__}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/algorithms.md", "exec", dont_inherit=True), names)
+    assert len(names["history"]) == 3
+
+
+def test_page_on_algorithms_names_every_algorithm():
+    from flcore.algorithms import available
+
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    table = text.partition("## One step for all")[2].partition("## Nine questions")[0]
+    for name in available():
+        assert f"`{name}`" in table, name
 
 
 def test_page_on_compression_runs():

@@ -8,33 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flcore.aggregation import Mean
 from flcore.algorithms import FedAvg, StepSpec, available, create, local_steps
 from flcore.errors import InvalidInputError
+from toy_problem import CURVATURE, OPTIMUM, Toy
+from toy_problem import PLAIN as OPTIONS
 
-# Two clients with f_i(w) = 1/2 sum_j a_ij (w_j - b_ij)^2, and their numbers of examples.
-CURVATURE = np.array([[1.0, 2.0], [3.0, 1.0]])
-OPTIMUM = np.array([[1.0, 0.0], [-1.0, 2.0]])
-EXAMPLES = (1, 3)
-
-PLAIN = FedAvg(local_lr=0.1, lr_decay=1.0, weight_decay=0.0, clip=None)
+PLAIN = FedAvg(**OPTIONS)
 
 
 def toy_run(algorithm: FedAvg, rounds: int, steps=(2, 2)) -> list[np.ndarray]:
-    """Global model after every round, from (0, 0), with exact gradients and all clients."""
-    model, models = {"w": np.zeros(2)}, []
-    for round in range(rounds):
-        spec = algorithm.client_begin(round)
-        updates = []
-        for a, b, count in zip(CURVATURE, OPTIMUM, steps, strict=True):
-            x = model["w"].copy()
-            assert local_steps(x, [lambda x, a=a, b=b: a * (x - b)] * count, spec) == count
-            updates.append({"w": x - model["w"]})
-        weights = [algorithm.client_weight(n) for n in EXAMPLES]
-        mean = Mean(accumulate="float64")(updates, weights=weights)
-        model = algorithm.server_step(model, mean)
-        models.append(model["w"])
-    return models
+    return Toy(algorithm, steps).rounds(rounds)
 
 
 def test_two_rounds_by_hand():
@@ -62,22 +45,35 @@ def test_server_lr_scales_the_mean_update():
 
 
 def test_gradient_is_clipped_before_the_decay_is_added():
-    x = np.array([1.0, 0.0])
-    local_steps(x, [lambda x: np.array([30.0, 40.0])], StepSpec(lr=0.1, weight_decay=0.5, clip=5.0))
+    x = np.array([[1.0, 0.0]])
+    spec = StepSpec(lr=0.1, decay=0.5, clip=5.0)
+    local_steps(x, lambda x, k: np.array([[30.0, 40.0]]), [spec], [1])
     # clipped to (3, 4), then decay (0.5, 0) on top
-    np.testing.assert_allclose(x, [1 - 0.1 * 3.5, -0.1 * 4.0], rtol=1e-15)
+    np.testing.assert_allclose(x, [[1 - 0.1 * 3.5, -0.1 * 4.0]], rtol=1e-15)
+
+
+def test_the_whole_bracket_is_clipped_in_full_mode():
+    x = np.array([[2.0, 0.0]])
+    spec = StepSpec(lr=0.1, decay=0.5, clip=5.0, clip_mode="full")
+    local_steps(x, lambda x, k: np.array([[29.0, 40.0]]), [spec], [1])
+    # the gradient and the decay are (30, 40) together, clipped to (3, 4)
+    np.testing.assert_allclose(x, [[2 - 0.1 * 3.0, -0.1 * 4.0]], rtol=1e-15)
 
 
 def test_learning_rate_decays_by_round():
     algorithm = FedAvg(local_lr=0.2, lr_decay=0.5)
-    assert [algorithm.client_begin(t).lr for t in range(3)] == [0.2, 0.1, 0.05]
+    assert [algorithm.lr(t) for t in range(3)] == [0.2, 0.1, 0.05]
+    run = Toy(algorithm)
+    run.play()
+    work = algorithm.client_begin(algorithm.downlink(run.server, 0), run.client(0))
+    assert work.spec.lr == 0.1
 
 
 def test_available_and_create_agree():
     assert available()["fedavg"] is FedAvg
     assert create("FedAvg", local_lr=0.3) == FedAvg(local_lr=0.3)
     assert json.loads(json.dumps(FedAvg().to_dict()))["name"] == "fedavg"
-    with pytest.raises(InvalidInputError, match="no 'fedprox2'; choose one of: fedavg"):
+    with pytest.raises(InvalidInputError, match=r"no 'fedprox2'; choose one of: .*fedavg, "):
         create("fedprox2")
 
 
@@ -117,9 +113,9 @@ def one_round(partition, algorithm, **settings):
         ),
         partition=partition,
     )
-    before = run.server.model
+    before = run.history.model
     run.step()
-    return run, before, run.server.model
+    return run, before, run.history.model
 
 
 def test_one_full_batch_step_of_all_clients_is_one_central_step():

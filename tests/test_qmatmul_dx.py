@@ -9,50 +9,19 @@ import flcore
 from flcore import _variants
 from flcore.errors import DTypeError, InvalidInputError, VariantUnavailableError
 from flcore.ops import qmatmul_dx
-from flcore.quantization import QuantizedTensor, Scheme, quantize
+from flcore.quantization import QuantizedTensor, Scheme
 from flcore.reference import weight_quant as wq
+from packed_weights import HALF, SCHEMES, numbers, weight, whole_weight
 from support import HAS_TORCH, Guarded, np_dtype, outputs_per_level, unaligned
 
 VARIANTS = [v for v, why in _variants.available("qmatmul_dx", "cpu").items() if not why]
-SCHEMES = {
-    "int2": Scheme.of("int2"),
-    "int2-symmetric": Scheme(bits=2, group=32),
-    "int3": Scheme.of("int3"),
-    "int3-asym": Scheme.of("int3-asym", group=32),
-    "int4": Scheme.of("int4"),
-    "int4-asym": Scheme.of("int4-asym", scale_dtype="bfloat16"),
-    "int4-tensor": Scheme(bits=4, group=-1, scope="tensor"),
-    "int4-48": Scheme(bits=4, group=48, kind="integer_zero", scale_dtype="float32"),
-    "int8": Scheme.of("int8"),
-    "int8-16": Scheme.of("int8", group=16),
-    "int8-asym": Scheme.of("int8-asym", group=64),
-    "float-zero": Scheme.of("int4-float-zero"),
-    "float-zero-8": Scheme.of("int4-float-zero", bits=8, group=32),
-    "nf4": Scheme.of("nf4"),
-    "mxfp4": Scheme.of("mxfp4"),
-    "e4m3": Scheme.of("mxfp8"),
-    "e5m2": Scheme.of("fp8-e5m2"),
-}
 SHAPES = ((1, 1), (16, 32), (15, 31), (37, 129), (64, 300), (130, 65), (259, 1030))
-HALF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a unit in last place
-
-
-def weight(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> QuantizedTensor:
-    return quantize(rng.standard_normal((n, k)).astype(np.float32), scheme)
-
-
-def whole_weight(q: np.ndarray, bits: int, zeros: np.ndarray | None = None) -> QuantizedTensor:
-    """Weight of the integers q - Z: scale 1."""
-    kind = "symmetric" if zeros is None else "integer_zero"
-    scheme = Scheme(bits=bits, group=-1, kind=kind, scale_dtype="float32")
-    ones = np.ones((len(q), 1), np.float32)
-    return QuantizedTensor.from_parts(q.shape, scheme, wq.pack_rows(q, bits), ones, zeros)
 
 
 def bound(dy: np.ndarray, w: QuantizedTensor, low=None, up=None) -> np.ndarray:
     """Largest error the documentation of the op allows."""
     dy, dtype = dy.astype(np.float64), dy.dtype.name
-    (n, k), exact = w.shape, w.dequantize("float64")
+    n, exact = w.shape[0], w.dequantize("float64")
     size, result = np.abs(dy) @ np.abs(exact), dy @ exact
     if low is not None:
         size += np.abs(low.astype(np.float64)) @ np.abs(up.astype(np.float64))
@@ -60,13 +29,8 @@ def bound(dy: np.ndarray, w: QuantizedTensor, low=None, up=None) -> np.ndarray:
     limit = (128 + n / 128 + 6) * 2.0**-24 * size + HALF[dtype] * np.abs(result) + 2.0**-25
     if dtype != "float32":  # rows of 16 bits are multiplied as whole numbers
         rows = w.to_layout("rows")
-
-        def numbers(x: np.ndarray) -> np.ndarray:
-            x = x.view(np_dtype("bfloat16")) if x.dtype == np.uint16 else x
-            return wq.spread(x.astype(np.float64), k, w.group)
-
-        s = np.abs(numbers(rows.scales))
-        codes = exact - numbers(rows.zeros) if w.scheme.kind == "float_zero" else exact
+        s = np.abs(numbers(rows.scales, w))
+        codes = exact - numbers(rows.zeros, w) if w.scheme.kind == "float_zero" else exact
         codes = np.divide(np.abs(codes), s, out=np.zeros_like(exact), where=s > 0)
         for at in range(0, n, 256):
             piece = slice(at, at + 256)

@@ -109,15 +109,15 @@ def test_server_control_is_the_mean_of_what_all_clients_hold(digits):
     settings = Settings(clients=8, participation=3, control_step="paper")
     simulation = Simulation(SHORT, "mlp", digits, settings)
     for _ in range(5):
-        before = simulation.server.model
+        before = simulation.history.model
         simulation.step()
     states = simulation.uplink.state_dict()
     assert 3 < len(states) <= 8
-    now = SHORT.client_begin(4).lr  # absent clients hold h in the units of their last round
+    now = SHORT.lr(4)  # absent clients hold h in the units of their last round
     mean = sum(state["h"] * (now / state["unit"]) for state in states.values()) / 8
-    np.testing.assert_allclose(flat(simulation.server.control), mean, atol=1e-6)
-    for name, value in simulation.server.model.items():  # and the paper's step is along it
-        np.testing.assert_array_equal(value, before[name] + simulation.server.control[name])
+    np.testing.assert_allclose(flat(simulation.aggregator.control), mean, atol=1e-6)
+    for name, value in simulation.history.model.items():  # and the paper's step is along it
+        np.testing.assert_array_equal(value, before[name] + simulation.aggregator.control[name])
 
 
 @pytest.mark.parametrize("participants", [1, 3, 8])
@@ -134,21 +134,21 @@ def test_what_was_not_sent_is_only_late(step, participants, digits):
     pack = uplink.pack
 
     def noted(client, update, round):
-        updates[client] = flat(update)
+        updates[client] = update.copy()
         return pack(client, update, round)
 
     uplink.pack = noted
     share = 1 / (participants if step == "saga" else 8)
     for _ in range(6):
         updates.clear()
-        model, control = flat(simulation.server.model), flat(simulation.server.control)
+        model, control = simulation.server.model.copy(), flat(simulation.aggregator.control)
         before = uplink.state_dict()
         simulation.step()
         assert len(updates) == participants
         news = sum(u - (before[i]["h"] if i in before else 0) for i, u in updates.items())
         after = uplink.state_dict()
         late = sum(a["e"] - (before[i]["e"] if i in before else 0) for i, a in after.items())
-        moved = flat(simulation.server.model) + share * late - model
+        moved = simulation.server.model + share * late - model
         np.testing.assert_allclose(moved, control + share * news, atol=1e-6)
 
 
@@ -208,9 +208,9 @@ def test_bytes_are_those_of_the_messages(digits):
     sent = []
 
     class Spy(Simulation):
-        def _received(self, messages, round):
-            sent.extend(len(message) for _, message in messages)
-            return super()._received(messages, round)
+        def _receive(self, clients, messages, round):
+            sent.extend(len(update) + len(rest) for update, rest in messages)
+            return super()._receive(clients, messages, round)
 
     simulation = Spy(SHORT, "mlp", digits, Settings(clients=10, participation=4))
     record = simulation.step()
@@ -229,7 +229,7 @@ def test_an_uncompressed_message_has_four_bytes_a_parameter(digits):
 
 def test_a_packet_of_another_round_or_state_is_refused(digits):
     simulation = Simulation(SHORT, "mlp", digits, Settings(clients=4, participation=2))
-    update = {name: np.ones_like(value) for name, value in simulation.server.model.items()}
+    update = np.ones_like(simulation.server.model)
     message = simulation.uplink.pack(0, update, 0)
     with pytest.raises(PacketError, match="client 0: round: expected 1, got 0"):
         simulation.uplink.unpack(0, message, 1)

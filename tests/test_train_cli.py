@@ -158,7 +158,7 @@ def test_own_data_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--algorithm", "fedsgd"], "algorithm: there is no 'fedsgd'; choose one of: fedavg"),
+        (["--algorithm", "fedsgd"], "algorithm: there is no 'fedsgd'; choose one of: "),
         (["--participation", "0"], "participation: expected a whole number from 1, got 0"),
         (["--participation", "51"], "participation: 51 clients a round, but there are only 50"),
         (["--participation", "some"], "participation: expected a number or a percentage"),

@@ -111,7 +111,8 @@ static int combine_step(const Addresses& rows, int64_t n, const Numbers& weights
   FLCORE_CHECK(kind >= 0 && kind < STEP_KIND_COUNT, "kind: unknown code ", kind);
   FLCORE_CHECK(scalars.size() == 4, "scalars: expected lr, beta1, beta2, tau");
   FLCORE_CHECK(buffers.size() == 7, "buffers: expected 7 lists, got ", buffers.size());
-  const bool has_m = kind != STEP_SGD, has_v = kind > STEP_MOMENTUM, has_copy = !buffers[6].empty();
+  const bool has_m = kind != STEP_SGD, has_copy = !buffers[6].empty();
+  const bool has_v = has_m && kind != STEP_MOMENTUM && kind != STEP_LINEAR;
   const bool needed[7] = {true, has_m, has_v, true, has_m, has_v, has_copy};
   std::vector<std::vector<void*>> p;
   for (size_t b = 0; b < 7; ++b) {

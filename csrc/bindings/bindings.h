@@ -28,6 +28,7 @@ void bind_lut_add(pybind11::module_& m);
 void bind_rowloss(pybind11::module_& m);
 void bind_packet_image(pybind11::module_& m);
 void bind_perp_grad(pybind11::module_& m);
+void bind_local_step(pybind11::module_& m);
 void bind_stablemax(pybind11::module_& m);
 void bind_weight_quant(pybind11::module_& m);
 void bind_qembedding(pybind11::module_& m);

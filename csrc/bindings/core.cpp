@@ -126,6 +126,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_rowloss(m);
   bind_packet_image(m);
   bind_perp_grad(m);
+  bind_local_step(m);
   bind_stablemax(m);
   bind_weight_quant(m);
   bind_qembedding(m);

@@ -20,6 +20,7 @@ namespace flcore {
   X(Crc32c, crc32c, isa) X(Rng, rng, isa) X(Moments, moments, isa) X(Mask, mask, isa) \
   X(Select, select, isa) X(Gram, gram, isa) X(LowRank, low_rank, isa) X(Sketch, sketch, isa) X(Vote, vote, isa) \
   X(LutAdd, lut_add, isa) X(RowLoss, rowloss, isa) X(PerpGrad, perp_grad, isa) \
+  X(LocalStep, local_step, isa) \
   X(StableMax, stablemax, isa) X(QEmbedding, qembedding, isa) X(QMatmul, qmatmul, isa) \
   X(QMatmul, qmatmul_dx, isa) \
   X(WeightQuant, weight_quant, isa) X(QMatmulInt8, qmatmul_int8, isa) X(ActQuant, act_quant, isa)

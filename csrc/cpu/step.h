@@ -6,6 +6,7 @@
 //             v' = v + D^2
 //   adam      v' = b2 v + (1 - b2) D^2
 //   yogi      v' = v - (1 - b2) D^2 sign(v - D^2)
+//   linear    m' = b1 m + b2 D                 w' = (w + a D) + tau m'
 // in float32, for float64 models in float64, each operation rounded by itself in the order written
 // (no fused multiply-add; square root and quotient correctly rounded), so all levels agree.
 #pragma once
@@ -40,6 +41,9 @@ FLCORE_INLINE void advance(const StepScalars<T>& s, const V& d, V& w, V& m, V& v
   } else if constexpr (KIND == STEP_MOMENTUM) {
     m = s.beta1 * m + d;
     w = w + s.lr * m;
+  } else if constexpr (KIND == STEP_LINEAR) {
+    m = s.beta1 * m + s.beta2 * d;
+    w = (w + s.lr * d) + s.tau * m;
   } else {
     m = s.beta1 * m + s.rest1 * d;
     const V square = d * d;
@@ -58,7 +62,7 @@ FLCORE_INLINE void advance(const StepScalars<T>& s, const V& d, V& w, V& m, V& v
 }
 
 constexpr bool step_has_m(int kind) { return kind != STEP_SGD; }
-constexpr bool step_has_v(int kind) { return kind > STEP_MOMENTUM; }
+constexpr bool step_has_v(int kind) { return kind > STEP_MOMENTUM && kind != STEP_LINEAR; }
 
 // d: T [m] -> new model, state and copy. Returns STEP_NONFINITE when a new value is not finite.
 template <int KIND, int W, class T, class V>
@@ -85,6 +89,7 @@ static int step_kind(const StepArgs& a, int64_t layer, int64_t offset, const T* 
     if constexpr (HAS_V) second = load<V>(v_old + i);
     advance<KIND>(s, load<V>(d + i), w, first, second);
     if constexpr (HAS_M) store(m_new + i, first);
+    if constexpr (KIND == STEP_LINEAR) bad = bad + first * T(0);  // tau may be 0: w hides it then
     if constexpr (HAS_V) {
       store(v_new + i, second);
       bad = bad + second * T(0);
@@ -106,6 +111,7 @@ static int step_kind(const StepArgs& a, int64_t layer, int64_t offset, const T* 
     if constexpr (HAS_V) second = load<T>(v_old + i);
     advance<KIND>(s, d[i], w, first, second);
     if constexpr (HAS_M) store(m_new + i, first);
+    if constexpr (KIND == STEP_LINEAR) rest = rest + first * T(0);
     if constexpr (HAS_V) store(v_new + i, second);
     store1<W>(next, offset + i, w);
     if constexpr (W == F16 || W == BF16) w = load1<W>(next, offset + i);
@@ -124,7 +130,8 @@ static int step_tile(const StepArgs& a, int64_t layer, int64_t offset, const T* 
     case STEP_MOMENTUM: return step_kind<STEP_MOMENTUM, W, T, V>(a, layer, offset, d, m);
     case STEP_ADAGRAD: return step_kind<STEP_ADAGRAD, W, T, V>(a, layer, offset, d, m);
     case STEP_ADAM: return step_kind<STEP_ADAM, W, T, V>(a, layer, offset, d, m);
-    default: return step_kind<STEP_YOGI, W, T, V>(a, layer, offset, d, m);
+    case STEP_YOGI: return step_kind<STEP_YOGI, W, T, V>(a, layer, offset, d, m);
+    default: return step_kind<STEP_LINEAR, W, T, V>(a, layer, offset, d, m);
   }
 }
 

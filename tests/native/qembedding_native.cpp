@@ -2,20 +2,13 @@
 // outside is an error of the address sanitizer.
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "api.h"
 #include "expect.h"
+#include "odd_bytes.h"
 
 using namespace flcore;
-
-// A buffer that ends exactly where its allocation ends, at an unaligned address.
-struct Bytes {
-  explicit Bytes(int64_t count) : memory(new uint8_t[size_t(count) + 1]), data(memory.get() + 1) {}
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* data;
-};
 
 static int64_t row_bytes(int64_t k, int bits) {
   return bits == 3 ? (k + 3) / 4 + (k + 7) / 8 : (k * bits + 7) / 8;

@@ -4,20 +4,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "api.h"
 #include "expect.h"
+#include "odd_bytes.h"
 
 using namespace flcore;
-
-// A buffer that ends exactly where its allocation ends, at an unaligned address.
-struct Bytes {
-  explicit Bytes(int64_t count) : memory(new uint8_t[size_t(count) + 1]), data(memory.get() + 1) {}
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* data;
-};
 
 // 1 as float32, float16 and bfloat16.
 static uint32_t one_of(int dtype) {

@@ -9,19 +9,10 @@
 
 #include "api.h"
 #include "expect.h"
+#include "odd_bytes.h"
 #include "rotation.h"
 
 using namespace flcore;
-
-// `count` bytes that begin `shift` bytes off any alignment and end with their memory
-struct Bytes {
-  Bytes(int64_t count, int shift) : memory(new uint8_t[size_t(count + shift)]) {
-    data = memory.get() + shift;
-    std::memset(data, 0xa5, size_t(count));
-  }
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* data;
-};
 
 struct Scratch {  // on a cache line
   explicit Scratch(int64_t floats) : memory(new float[size_t(floats) + 16]) {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flcore.algorithms.base import Algorithm, Parameters, StepSpec
-from flcore.ops import combine
+from flcore.algorithms.base import Algorithm
+from flcore.algorithms.layout import Vector
+from flcore.algorithms.state import Arrivals, Client, LocalResult, LocalWork, Payload, Server
 
 __all__ = ["FedAvg"]
 
@@ -50,24 +51,20 @@ class FedAvg(Algorithm):
 
     Examples
     --------
-    >>> FedAvg(local_lr=0.1, lr_decay=0.5).client_begin(round=1).lr
+    >>> FedAvg(local_lr=0.1, lr_decay=0.5).lr(round=1)
     0.05
     """
 
     name: ClassVar[str] = "fedavg"
 
-    def client_begin(self, round: int) -> StepSpec:
-        """Give plain SGD at this round's learning rate."""
-        return StepSpec(
-            lr=self.local_lr * self.lr_decay**round,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-        )
+    def client_begin(self, payload: Payload, client: Client) -> LocalWork:
+        """Start from the global model and take plain SGD steps."""
+        return LocalWork(self.start(payload, client), self.spec(client.round))
 
-    def client_weight(self, examples: int) -> float:
-        """Give n_i, or 1 when all clients count alike."""
-        return float(examples) if self.weighting == "examples" else 1.0
+    def client_end(self, result: LocalResult, client: Client) -> Payload:
+        """Send u_i."""
+        return {"update": self.sent(result, client)}
 
-    def server_step(self, model: Parameters, direction: Parameters) -> Parameters:
-        """Give ``w + server_lr * direction``, NaN where either is NaN."""
-        return combine([model, direction], [1.0, self.server_lr], nonfinite="propagate")
+    def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
+        """Take ``w + server_lr * mean``."""
+        self.move(server, mean, self.server_lr)

@@ -32,6 +32,7 @@ FAMILIES = {
     "aggregation": "flcore.bench.aggregation",
     "compression": "flcore.bench.compression",
     "embedding": "flcore.bench.qembedding",
+    "local_step": "flcore.bench.local_step",
     "losses": "flcore.bench.losses",
     "low_rank": "flcore.bench.low_rank",
     "moments": "flcore.bench.moments",

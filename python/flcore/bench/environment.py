@@ -28,7 +28,16 @@ __all__ = [
 # The threads of NumPy's OpenBLAS spin on after a call; 103 ms of a core were measured.
 BLAS_SPIN_S = 0.12
 
-VERSIONS_OF = ("numpy", "torch", "triton", "byzfl", "flwr", "pytest-benchmark", "cryptography")
+VERSIONS_OF = (
+    "numpy",
+    "torch",
+    "triton",
+    "byzfl",
+    "flwr",
+    "ray",
+    "pytest-benchmark",
+    "cryptography",
+)
 
 # Assumed where the system does not tell: large enough for today's desktop and most server parts.
 _DEFAULT_CACHE_BYTES = 64 * 2**20

@@ -17,6 +17,7 @@ def application() -> typer.Typer:
     typer = require("typer", extra="cli")
 
     from flcore.cli.bench import bench
+    from flcore.cli.compare import algorithms, compare_command
     from flcore.cli.info import info
     from flcore.cli.train import train
 
@@ -28,6 +29,8 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.command(rich_help_panel="Commands")(train)
+    app.command("compare", rich_help_panel="Commands")(compare_command)
+    app.command(rich_help_panel="Commands")(algorithms)
     app.command(rich_help_panel="Commands")(bench)
     app.command(rich_help_panel="Commands")(info)
     return app

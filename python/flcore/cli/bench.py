@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 from rich.console import Console
@@ -30,6 +30,32 @@ SCALING = "scaling"
 TRAINING = "training"
 GROKKING = "grokking"
 QUANTIZED = "quantized-transformer"
+DIGITS_HARD = "digits-hard"
+
+_Found = TypeVar("_Found")
+
+
+class _Files(NamedTuple):
+    """Where results go besides the terminal, None: nowhere."""
+
+    json: Path | None
+    markdown: Path | None
+    plot: Path | None
+
+    def write(
+        self,
+        found: _Found,
+        text: str,
+        write_json: Callable[[_Found, Path], None],
+        draw: Callable[[_Found, Path], None],
+    ) -> None:
+        """Write `found` as numbers and as a plot, and `text`, which tells it in Markdown."""
+        if self.json is not None:
+            write_json(found, self.json)
+        if self.markdown is not None:
+            self.markdown.write_text(text)
+        if self.plot is not None:
+            draw(found, self.plot)
 
 
 def bench(
@@ -42,7 +68,8 @@ def bench(
             "'grokking': test accuracy of modular addition with and without projected gradients "
             "and StableMax (half an hour); "
             "'quantized-transformer': loss of a small transformer in low bits, with and without "
-            "AWQ and OS+ (ten minutes)."
+            "AWQ and OS+ (ten minutes); "
+            "'digits-hard': federated algorithms on very unlike clients (ten minutes)."
         ),
     ] = None,
     json: Annotated[
@@ -55,7 +82,8 @@ def bench(
         Path | None,
         typer.Option(
             "--plot",
-            help="scaling, training, grokking, quantized-transformer: draw into this file.",
+            help="scaling, training, grokking, quantized-transformer, digits-hard: draw into this "
+            "file.",
         ),
     ] = None,
     text: Annotated[
@@ -105,20 +133,24 @@ def bench(
         plan = replace(plan, max_s=max_seconds)
     if text is not None and family != QUANTIZED:
         raise typer.BadParameter(f"only {QUANTIZED!r} reads a text", param_hint="--text")
+    files = _Files(json, markdown, plot)
     if family == SCALING:
         if device != "cpu":
             raise typer.BadParameter("scaling runs on the cpu", param_hint="--device")
         setup = Setup(threads=thread_count(threads), tiny=tiny)
-        return _scaling(console, setup, plan, json, markdown, plot)
+        return _scaling(console, setup, plan, files)
     if family == TRAINING:
-        return _training(tiny, json, markdown, plot)
+        return _training(tiny, files)
     if family == GROKKING:
-        return _grokking(tiny, json, markdown, plot)
+        return _grokking(tiny, files)
     if family == QUANTIZED:
-        return _quantized(tiny, text, json, markdown, plot)
+        return _quantized(tiny, text, files)
+    if family == DIGITS_HARD:
+        return _digits_hard(tiny, files)
     if plot is not None:
         raise typer.BadParameter(
-            f"only {SCALING!r}, {TRAINING!r}, {GROKKING!r} and {QUANTIZED!r} have a plot",
+            f"only {SCALING!r}, {TRAINING!r}, {GROKKING!r}, {QUANTIZED!r} and {DIGITS_HARD!r} "
+            "have a plot",
             param_hint="--plot",
         )
     if device not in ("cpu", "cuda"):
@@ -152,29 +184,18 @@ def bench(
         raise typer.Exit(1)
 
 
-def _scaling(
-    console: Console,
-    setup: Setup,
-    plan: Plan,
-    json: Path | None,
-    markdown: Path | None,
-    plot: Path | None,
-) -> None:
+def _scaling(console: Console, setup: Setup, plan: Plan, files: _Files) -> None:
     from flcore.bench import scaling_report as report
     from flcore.bench.scaling import run_scaling
 
     with _progress_bar(None) as tell:
         scaling = run_scaling(setup, plan, tell)
     console.print(report.scaling_table(scaling))
-    if json is not None:
-        report.write_scaling_json(scaling, json)
-    if markdown is not None:
-        markdown.write_text(report.scaling_markdown(scaling))
-    if plot is not None:
-        report.draw(scaling, plot)
+    text = report.scaling_markdown(scaling)
+    files.write(scaling, text, report.write_scaling_json, report.draw)
 
 
-def _training(tiny: bool, json: Path | None, markdown: Path | None, plot: Path | None) -> None:
+def _training(tiny: bool, files: _Files) -> None:
     from flcore.bench import training
 
     seeds, rounds = (1, 2) if tiny else (4, training.ROUNDS)
@@ -182,15 +203,10 @@ def _training(tiny: bool, json: Path | None, markdown: Path | None, plot: Path |
         rows = training.run_training(seeds, rounds, tell)
     text = training.training_markdown(rows)
     Console().print(text, markup=False, soft_wrap=True)
-    if json is not None:
-        training.write_training_json(rows, json)
-    if markdown is not None:
-        markdown.write_text(text)
-    if plot is not None:
-        training.draw(rows, plot)
+    files.write(rows, text, training.write_training_json, training.draw)
 
 
-def _grokking(tiny: bool, json: Path | None, markdown: Path | None, plot: Path | None) -> None:
+def _grokking(tiny: bool, files: _Files) -> None:
     from flcore.bench import grokking
 
     scenes: tuple[grokking.Scene, ...] = grokking.SCENES
@@ -200,17 +216,10 @@ def _grokking(tiny: bool, json: Path | None, markdown: Path | None, plot: Path |
         runs = grokking.run_grokking((0,) if tiny else (0, 1, 2), scenes, tell)
     text = grokking.grokking_markdown(runs)
     Console().print(text, markup=False, soft_wrap=True)
-    if json is not None:
-        grokking.write_grokking_json(runs, json)
-    if markdown is not None:
-        markdown.write_text(text)
-    if plot is not None:
-        grokking.draw(runs, plot)
+    files.write(runs, text, grokking.write_grokking_json, grokking.draw)
 
 
-def _quantized(
-    tiny: bool, text: Path | None, json: Path | None, markdown: Path | None, plot: Path | None
-) -> None:
+def _quantized(tiny: bool, text: Path | None, files: _Files) -> None:
     from flcore.bench import quantized_transformer as quantized
     from flcore.errors import InvalidInputError
 
@@ -222,12 +231,18 @@ def _quantized(
         raise typer.BadParameter(str(error), param_hint="--text") from None
     table = quantized.quantized_transformer_markdown(rows)
     Console().print(table, markup=False, soft_wrap=True)
-    if json is not None:
-        quantized.write_quantized_transformer_json(rows, json)
-    if markdown is not None:
-        markdown.write_text(table)
-    if plot is not None:
-        quantized.draw(rows, plot)
+    files.write(rows, table, quantized.write_quantized_transformer_json, quantized.draw)
+
+
+def _digits_hard(tiny: bool, files: _Files) -> None:
+    from flcore.bench import digits_hard
+
+    seeds, rounds = ((0,), 2) if tiny else ((0, 1, 2, 3), digits_hard.ROUNDS)
+    with _progress_bar(None) as tell:
+        rows = digits_hard.run_digits_hard(seeds, rounds=rounds, tell=tell)
+    text = digits_hard.digits_hard_markdown(rows)
+    Console().print(text, markup=False, soft_wrap=True)
+    files.write(rows, text, digits_hard.write_digits_hard_json, digits_hard.draw)
 
 
 def _require_gpu() -> None:

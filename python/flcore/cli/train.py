@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +14,20 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flcore._extras import require
-from flcore.algorithms import FedAvg, available, create
+from flcore.algorithms import Algorithm, FedAvg, available, create
 from flcore.cli.train_display import Display, show_error, show_result, show_stopped
-from flcore.compression import CODECS, FEEDBACKS, from_text
-from flcore.errors import FlcoreError, InvalidInputError
-from flcore.simulation import MODELS, CheckpointError, Settings, run
+from flcore.cli.train_options import (
+    learning_options,
+    next_folder,
+    settings_of,
+    stored_options,
+)
+from flcore.compression import CODECS
+from flcore.errors import FlcoreError
+from flcore.simulation import MODELS, Settings, run
+from flcore.simulation.attacks import ATTACKS
+from flcore.simulation.dealing import PARTITIONS
 from flcore.simulation.report import write_report
-from flcore.simulation.runfolder import RunFolder
 
 __all__ = ["train"]
 
@@ -33,6 +39,7 @@ LEARNING: dict[str, Any] = {field.name: field.default for field in fields(FedAvg
 
 _what = partial(typer.Option, rich_help_panel="What is trained")
 _clients = partial(typer.Option, rich_help_panel="Clients")
+_faults = partial(typer.Option, rich_help_panel="Faults and attacks")
 _local = partial(typer.Option, rich_help_panel="Local training")
 _server = partial(typer.Option, rich_help_panel="Server")
 _uplink = partial(typer.Option, rich_help_panel="Uplink compression")
@@ -43,6 +50,15 @@ _run = partial(typer.Option, rich_help_panel="The run")
 def train(
     ctx: typer.Context,
     algorithm: Annotated[str, _what(help=f"One of: {', '.join(available())}.")] = "fedavg",
+    option: Annotated[
+        list[str] | None,
+        _what(
+            "--option",
+            metavar="KEY=VALUE",
+            help="Option of the algorithm, such as rho=0.1; several times if wanted. 'flcore "
+            "algorithms NAME' lists them.",
+        ),
+    ] = None,
     model: Annotated[
         str, _what(help="; ".join(f"{name}: {what}" for name, what in MODELS.items()) + ".")
     ] = "mlp",
@@ -60,6 +76,15 @@ def train(
     participation: Annotated[
         str, _clients(help="Clients in each round: a count (5), or a share of all (0.1, 10%).")
     ] = str(SETTING.participation),
+    partition: Annotated[
+        str | None,
+        _clients(
+            help="How the training data is dealt, in the place of --alpha: "
+            + "; ".join(f"{name} ({what})" for name, what in PARTITIONS.items())
+            + ".",
+            show_default="dirichlet:ALPHA",
+        ),
+    ] = None,
     alpha: Annotated[
         str,
         _clients(
@@ -67,6 +92,26 @@ def train(
             "two classes each; 100: nearly alike), or iid."
         ),
     ] = str(SETTING.alpha),
+    dropout: Annotated[
+        float, _faults(help="Probability that a client that was drawn does not answer.")
+    ] = SETTING.dropout,
+    stragglers: Annotated[
+        float, _faults(help="Probability that a client does only a part of its local steps.")
+    ] = SETTING.stragglers,
+    label_noise: Annotated[
+        float, _faults(help="Share of the training labels that are wrong.")
+    ] = SETTING.label_noise,
+    attack: Annotated[
+        str | None,
+        _faults(
+            metavar="NAME[:KEY=VALUE,...]",
+            help=f"What --attackers send: {', '.join(ATTACKS)}.",
+            show_default="none",
+        ),
+    ] = None,
+    attackers: Annotated[
+        str, _faults(help="Clients that lie: a count (5), or a share of all (0.2, 20%).")
+    ] = "0",
     local_epochs: Annotated[
         int, _local(help="Passes over its own data that a client makes in a round.")
     ] = LEARNING["local_epochs"],
@@ -104,7 +149,12 @@ def train(
         _server(help="Whether clients count by their number of examples, or all alike."),
     ] = LEARNING["weighting"],
     aggregation: Annotated[
-        Literal["mean"], _server(help="Rule that makes one update of many.")
+        str,
+        _server(
+            metavar="RULE[:KEY=VALUE,...]",
+            help="Rule that makes one update of many: mean, weighted; or a robust one such as "
+            "trimmed-mean:f=1, geometric-median or 'nnm:f=1>>trimmed-mean:f=1'.",
+        ),
     ] = "mean",
     accumulate: Annotated[
         Literal["float32", "float64", "reproducible"],
@@ -116,6 +166,7 @@ def train(
             metavar="NAME[:KEY=VALUE,...]",
             help=f"One of {', '.join(sorted(CODECS))}, with settings of the class, such as "
             "topk:values=bfloat16 or absmax:bits=4; none: all values, as float32.",
+            show_default="topk with fedavg, none with other algorithms",
         ),
     ] = "topk",
     ratio: Annotated[
@@ -185,6 +236,10 @@ def train(
     checkpoint_every: Annotated[
         int, _run(help="Rounds between checkpoints.")
     ] = SETTING.checkpoint_every,
+    execution: Annotated[
+        Literal["auto", "batched", "sequential"],
+        _run(help="Train the clients of a round together as one batched computation, or in turn."),
+    ] = SETTING.execution,  # type: ignore[assignment]
     threads: Annotated[
         int, _run(help="Threads of training and aggregation; 1 is fastest for the MLP.")
     ] = SETTING.threads,
@@ -207,29 +262,24 @@ def train(
         for module in ("torch", "safetensors", "matplotlib"):
             require(module, extra="train")  # say so before the training, not after it
         if resume:
-            options |= _stored_options(output) | given
-        elif compressor == "none" and "error_control" not in given:
-            options["error_control"] = "none"
-        _train(options)
+            stored = stored_options(output)
+            learning = stored.pop("learning") | learning_options(given)
+            options |= stored | given
+        else:
+            learning = learning_options(given)
+            if algorithm != "fedavg" and "compressor" not in given:
+                options["compressor"] = compressor = "none"
+            if compressor == "none" and "error_control" not in given:
+                options["error_control"] = "none"
+        _train(options, create(options["algorithm"], **learning))
     except FlcoreError as error:
         show_error(error)
         raise typer.Exit(1) from None
 
 
-def _train(options: dict[str, Any]) -> None:
-    algorithm = create(
-        options["algorithm"],
-        local_lr=options["lr"],
-        lr_decay=options["lr_decay"],
-        local_epochs=options["local_epochs"],
-        batch_size=options["batch_size"],
-        weight_decay=options["weight_decay"],
-        clip=options["clip"] or None,
-        server_lr=options["server_lr"],
-        weighting=options["weighting"],
-    )
-    settings = _settings(options)
-    folder = options["output"] or _next_folder(algorithm.name, options["dataset"])
+def _train(options: dict[str, Any], algorithm: Algorithm) -> None:
+    settings = settings_of(options)
+    folder = options["output"] or next_folder(algorithm.name, options["dataset"])
     display = Display(settings)
     with _stop_on_interrupt(display):
         try:
@@ -252,114 +302,6 @@ def _train(options: dict[str, Any]) -> None:
     report = folder / "report.html"
     write_report(history, report)
     show_result(history, folder)
-
-
-def _settings(options: dict[str, Any]) -> Settings:
-    return Settings(
-        rounds=options["rounds"],
-        clients=options["clients"],
-        participation=_participation(options["participation"]),
-        alpha=None if options["alpha"] == "iid" else _number("alpha", options["alpha"], "iid"),
-        seed=options["seed"],
-        codec=_codec(options["compressor"], options["ratio"]),
-        feedback=_feedback(options["error_control"], options["eta"]),
-        control_step=options["control_step"],
-        loss=options["loss"],
-        optimizer=options["optimizer"],
-        accumulate=options["accumulate"],
-        base_bits=options["base_bits"],
-        lora=options["lora"],
-        threads=options["threads"],
-        checkpoint_every=options["checkpoint_every"],
-    )
-
-
-def _codec(text: str, ratio: float) -> Any:
-    if text == "none":
-        return None
-    counted = "k=" in text or "tau=" in text  # instead of a share
-    return _described("compressor", CODECS, text, ratio=None if counted else ratio)
-
-
-def _feedback(text: str, eta: str) -> Any:
-    if text == "none":
-        return None
-    number = "auto" if eta == "auto" else _number("eta", eta, "auto")
-    return _described("error-control", FEEDBACKS, text, eta=number)
-
-
-def _described(option: str, classes: dict[str, Any], text: str, **more: Any) -> Any:
-    try:
-        return from_text(classes, text, **more)
-    except InvalidInputError as error:
-        if text.partition(":")[0] in classes:
-            raise
-        raise InvalidInputError(f"{option}: {error}, or none") from None
-
-
-def _participation(text: str) -> int | float:
-    """Read ``5`` as a count, ``0.1`` and ``10%`` as a share."""
-    if text.lstrip("+-").isdecimal():
-        return int(text)
-    if text.endswith("%"):
-        return _number("participation", text[:-1], "a count") / 100
-    return _number("participation", text, "a percentage")
-
-
-def _number(name: str, text: str, alternative: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InvalidInputError(f"{name}: expected a number or {alternative}, got {text!r}")
-    return value
-
-
-def _stored_options(folder: Path | None) -> dict[str, Any]:
-    """Give the options that the run in a folder was started with."""
-    if folder is None:
-        raise CheckpointError("--resume: name the folder of the run with --output")
-    config = RunFolder.read_config(folder)
-    if config is None:
-        raise CheckpointError(f"--resume: there is no run in {folder}")
-    learning, settings = config["algorithm"], config["settings"]
-    codec, feedback = settings["codec"], settings["feedback"]
-    same = ("lr_decay", "local_epochs", "batch_size", "weight_decay", "server_lr", "weighting")
-    kept = ("rounds", "clients", "seed", "control_step", "accumulate", "threads")
-    steps = ("loss", "optimizer", "base_bits", "lora")
-    return {
-        **{name: learning[name] for name in same},
-        **{name: settings[name] for name in (*kept, *steps)},
-        "algorithm": learning["name"],
-        "lr": learning["local_lr"],
-        "clip": learning["clip"] or 0.0,
-        "model": config["model"]["name"],
-        "dataset": config["dataset"]["name"],
-        "participation": str(settings["participation"]),
-        "alpha": "iid" if settings["alpha"] is None else str(settings["alpha"]),
-        "checkpoint_every": settings["checkpoint_every"],
-        "compressor": _as_text(CODECS, codec, "codec"),
-        "error_control": _as_text(FEEDBACKS, feedback, "feedback"),
-        **({"ratio": codec["ratio"]} if codec and codec.get("ratio") else {}),
-        **({"eta": str(feedback["eta"])} if feedback and "eta" in feedback else {}),
-    }
-
-
-def _as_text(classes: dict[str, Any], stored: dict[str, Any] | None, family: str) -> str:
-    """Give what a user would write for stored settings."""
-    if stored is None:
-        return "none"
-    return classes[stored[family]].from_dict(stored).to_text(leave_out=("ratio", "eta"))
-
-
-def _next_folder(algorithm: str, dataset: str) -> Path:
-    """Give the first ``runs/ALGORITHM-DATASET-NUMBER`` that does not exist."""
-    stem = f"runs/{algorithm}-{Path(dataset).stem}"
-    number = 1
-    while (folder := Path(f"{stem}-{number}")).exists():
-        number += 1
-    return folder
 
 
 @contextmanager

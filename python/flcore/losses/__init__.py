@@ -9,7 +9,13 @@ from flcore import _extras
 
 _extras.require("torch", "torch")
 
-from flcore.losses._collapse import (  # noqa: E402  (torch is checked first)
+from flcore.losses._alignment import (  # noqa: E402  (torch is checked first)
+    model_contrastive_loss,
+    multi_kernel_mmd,
+    reverse_gradient,
+    supervised_contrastive_loss,
+)
+from flcore.losses._collapse import (  # noqa: E402
     CollapseMetrics,
     softmax_collapse_metrics,
 )
@@ -67,13 +73,17 @@ __all__ = [
     "log_stablemax",
     "logit_adjusted_cross_entropy",
     "mae_loss",
+    "model_contrastive_loss",
+    "multi_kernel_mmd",
     "restricted_softmax_cross_entropy",
+    "reverse_gradient",
     "smooth_adversarial_comp_sum_loss",
     "softmax_collapse_metrics",
     "stablemax",
     "stablemax_cross_entropy",
     "stablemax_linear_cross_entropy",
     "sum_exponential_loss",
+    "supervised_contrastive_loss",
     "taylor_cross_entropy",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_stablemax_cross_entropy",

@@ -7,6 +7,8 @@ from flcore import _extras
 _extras.require("torch", "torch")
 
 from flcore.nn import functional  # noqa: E402  (torch is checked first)
+from flcore.nn._domain import DomainAdversarial  # noqa: E402
+from flcore.nn._experts import ExpertMixture, routing_weights  # noqa: E402
 from flcore.nn._fixed import (  # noqa: E402
     DSimplex,
     EquiangularClassifier,
@@ -32,17 +34,25 @@ from flcore.nn._losses import (  # noqa: E402
 )
 from flcore.nn._quant_embedding import QuantEmbedding, QuantEmbeddingBag  # noqa: E402
 from flcore.nn._quant_linear import QuantLinear  # noqa: E402
+from flcore.nn._standardized import (  # noqa: E402
+    ScaledWSConv2d,
+    normalizer_free,
+    standardized_weight,
+)
 
 __all__ = [
     "CrossEntropyLoss",
     "DSimplex",
+    "DomainAdversarial",
     "EquiangularClassifier",
+    "ExpertMixture",
     "FedETFHead",
     "LinearCrossEntropyLoss",
     "LogStableMax",
     "QuantEmbedding",
     "QuantEmbeddingBag",
     "QuantLinear",
+    "ScaledWSConv2d",
     "SimplexETF",
     "StableMax",
     "StableMaxCrossEntropyLoss",
@@ -51,6 +61,9 @@ __all__ = [
     "dot_regression_loss",
     "equiangular_basis_vectors",
     "functional",
+    "normalizer_free",
+    "routing_weights",
     "simplex_etf",
+    "standardized_weight",
     "welch_bound",
 ]

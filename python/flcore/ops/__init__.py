@@ -3,10 +3,20 @@
 from flcore.ops._combine_rows import combine_rows
 from flcore.ops._combine_step import combine_step
 from flcore.ops._control_step import Controlled, control_step
+from flcore.ops._local_shift import (
+    global_norm,
+    global_norm_rows,
+    sam_shift,
+    sam_shift_rows,
+    shift,
+    shift_rows,
+)
+from flcore.ops._round_end import round_end, round_end_rows
 from flcore.ops._step import Noise, Step, Stepped
 from flcore.ops.act_quant import QuantizedActivation, quantize_activation
 from flcore.ops.combine import combine
 from flcore.ops.gram import gram
+from flcore.ops.local_step import LocalStep, local_step, local_step_rows
 from flcore.ops.mask import dequantize_sum, mask_add, modular_sum
 from flcore.ops.moments import Moments, accumulate_moments, affine, moments, moments_each
 from flcore.ops.perp_grad import perp_grad
@@ -25,6 +35,7 @@ from flcore.ops.stablemax import (
 
 __all__ = [
     "Controlled",
+    "LocalStep",
     "Moments",
     "Noise",
     "QuantizedActivation",
@@ -37,7 +48,11 @@ __all__ = [
     "combine_step",
     "control_step",
     "dequantize_sum",
+    "global_norm",
+    "global_norm_rows",
     "gram",
+    "local_step",
+    "local_step_rows",
     "log_stablemax",
     "log_stablemax_backward",
     "mask_add",
@@ -54,7 +69,13 @@ __all__ = [
     "random_bits",
     "random_normal",
     "random_uniform",
+    "round_end",
+    "round_end_rows",
+    "sam_shift",
+    "sam_shift_rows",
     "select",
+    "shift",
+    "shift_rows",
     "stablemax",
     "stablemax_backward",
 ]

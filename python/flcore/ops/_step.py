@@ -11,7 +11,8 @@ from flcore.errors import InvalidInputError
 
 __all__ = ["CAST", "INPUTS", "KINDS", "SERVER_STREAM", "Noise", "Step", "Stepped"]
 
-KINDS = ("sgd", "momentum", "adagrad", "adam", "yogi")  # codes of enum StepKind in csrc/api.h
+# codes of enum StepKind in csrc/api.h
+KINDS = ("sgd", "momentum", "adagrad", "adam", "yogi", "linear")
 INPUTS = ("updates", "models")
 SERVER_STREAM = 0xFFFFFFFF  # the word `client` of the streams that the server's noise comes from
 CAST = ("float16", "bfloat16")
@@ -25,7 +26,7 @@ class Step:
     gradient -D, whose buffer is -m). The others: ``m = beta1 m + (1 - beta1) D;
     w += lr m / (sqrt(v) + tau)`` with ``v += D^2`` (``adagrad``),
     ``v = beta2 v + (1 - beta2) D^2`` (``adam``), or
-    ``v -= (1 - beta2) D^2 sign(v - D^2)`` (``yogi``).
+    ``v -= (1 - beta2) D^2 sign(v - D^2)`` (``yogi``). ``linear``: see `Step.linear`.
     """
 
     kind: str
@@ -42,10 +43,24 @@ class Step:
             if not (isinstance(value, Real) and math.isfinite(value)):
                 raise InvalidInputError(f"{name}: expected a finite number, got {value!r}")
 
+    @classmethod
+    def linear(cls, *, a: float = 1.0, b: float = 0.0, c: float = 1.0, e: float = 0.0) -> Step:
+        """Return the step ``m = a m + b D; w = (w + c D) + e m``, the new m being the one added.
+
+        With D the mean update of S of N clients, it is the server of FedDyn and FedSpeed
+        (``a=1, b=S/N, c=1, e=1``: m is the mean of the dual variables), of SCAFFOLD when all take K
+        local steps (``a=1-S/N, b=-S/(N K lr), c=server_lr``: m is the control variate), of FedCM
+        (``a=0, b=-1/(K lr)``: m is the direction that clients get), and server momentum
+        (``a=beta, b=1, c=0, e=server_lr``). The numbers lie in beta1, beta2, lr and tau.
+        """
+        return cls("linear", lr=c, beta1=a, beta2=b, tau=e)
+
     @property
     def states(self) -> tuple[str, ...]:
         """Which state the step reads and writes: none, m, or m and v."""
-        return () if self.kind == "sgd" else ("m",) if self.kind == "momentum" else ("m", "v")
+        if self.kind == "sgd":
+            return ()
+        return ("m",) if self.kind in ("momentum", "linear") else ("m", "v")
 
 
 @dataclass(frozen=True)

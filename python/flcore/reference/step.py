@@ -34,6 +34,9 @@ def advance(
     if step.kind == "momentum":
         m = step.beta1 * m + d
         return w + step.lr * m, m, v
+    if step.kind == "linear":
+        m = step.beta1 * m + step.beta2 * d
+        return w + step.lr * d + step.tau * m, m, v
     m = step.beta1 * m + (1 - step.beta1) * d
     if step.kind == "adagrad":
         v = v + d**2

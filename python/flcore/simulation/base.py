@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flcore._extras import require
-from flcore.algorithms import Algorithm
+from flcore.algorithms import Algorithm, DataView, LocalWork
 from flcore.errors import InvalidInputError
 from flcore.simulation.datasets import Dataset
-from flcore.simulation.local import LocalTrainer
+from flcore.simulation.local import Job, LocalTrainer
 from flcore.simulation.seeds import Purpose, generator
 from flcore.simulation.settings import Settings
 
@@ -127,25 +127,27 @@ def make_base(
 
     torch = require("torch", extra="train")
     tensors = [torch.from_numpy(getattr(data, name)) for name in ("x_test", "y_test")]
-    trainer = LocalTrainer(model, loss=settings.loss, optimizer=settings.optimizer)
+    trainer = LocalTrainer(
+        model,
+        torch.from_numpy(data.x_train),
+        torch.from_numpy(data.y_train),
+        loss=settings.loss,
+        optimizer=settings.optimizer,
+    )
     parameters = sum(p.numel() for p in model.parameters())
     start = trainer.initial
     if len(examples):
-        update, loss = trainer.train(
-            start,
-            torch.from_numpy(data.x_train[examples]),
-            torch.from_numpy(data.y_train[examples]),
-            algorithm.client_begin(0),
-            epochs=WARM_UP,
-            batch_size=algorithm.batch_size,
-            rng=generator(settings.seed, Purpose.BASE, round=1),
-        )
-        if not math.isfinite(loss):
+        rng = generator(settings.seed, Purpose.BASE, round=1)
+        seed = int(rng.integers(2**63))
+        view = DataView.epochs(examples, WARM_UP, algorithm.batch_size, rng)
+        work = LocalWork(start, algorithm.spec(0))
+        (result,) = trainer.train([Job(-1, work, view, seed)])
+        if not math.isfinite(result.loss):
             raise InvalidInputError(
                 "base_bits: the training of the base diverged; lower the local learning rate, or "
                 "clip gradients"
             )
-        start = {name: value + update[name] for name, value in start.items()}
+        start = result.end
     before, _ = trainer.evaluate(start, *tensors)
     report = quantize_model(model, f"int{settings.base_bits}", lora_rank=settings.lora)
     _draw_adapters(model, generator(settings.seed, Purpose.BASE, round=2))

@@ -1,4 +1,4 @@
-"""Data sets for federated training: scikit-learn's digits, `.npz` files, Hugging Face ids.
+"""Data sets for federated training: digits, `.npz` files, plays, Hugging Face ids.
 
 `load_dataset` turns any of them into a `Dataset` of float32 inputs and integer labels.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ HUGGING_FACE_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar10
 """Short names that stand for a Hugging Face id."""
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+GROUPS = ("groups_train", "groups_test")
+
+DOMAINS = {"x": (1.0, 0.0), "1 - x": (-1.0, 1.0), "2x - 0.5": (2.0, -0.5), "0.5x + 0.3": (0.5, 0.3)}
+"""Scale and shift of the inputs x in each domain of "digits-domains"."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Dataset:
         Class of each example, from 0.
     classes : tuple of str
         Name of each class; generated where the source has none.
+    groups_train, groups_test : (n,) int64, optional
+        Domain or natural client (a speaker, a writer) of each example, from 0, for partitions
+        and evaluations that go by it.
+    group_names : tuple of str
+        Name of each group; generated where the source has none.
 
     Raises
     ------
@@ -51,6 +60,9 @@ class Dataset:
     x_test: np.ndarray = field(repr=False)
     y_test: np.ndarray = field(repr=False)
     classes: tuple[str, ...] = ()
+    groups_train: np.ndarray | None = field(default=None, repr=False)
+    groups_test: np.ndarray | None = field(default=None, repr=False)
+    group_names: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -70,13 +82,9 @@ class Dataset:
                 f"x_test: expected examples of shape {self.x_train.shape[1:]} as in x_train, "
                 f"got {self.x_test.shape[1:]}"
             )
-        labels = int(max(self.y_train.max(), self.y_test.max())) + 1
-        names = self.classes or tuple(str(c) for c in range(labels))
-        if len(names) < labels:
-            raise InvalidInputError(
-                f"classes: {len(names)} names for labels that go up to {labels - 1}"
-            )
-        object.__setattr__(self, "classes", tuple(str(c) for c in names))
+        labels = [self.y_train, self.y_test]
+        object.__setattr__(self, "classes", _names("classes", self.classes, "labels", labels))
+        self._check_groups()
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -85,13 +93,67 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change with any value of the four arrays."""
+        """Sixteen hexadecimal digits that change with any value of the arrays, groups included."""
         digest = hashlib.sha256()
-        for name in ARRAYS:
+        for name in (*ARRAYS, *GROUPS):
             array = getattr(self, name)
+            if array is None:
+                continue
             digest.update(str((name, array.shape)).encode())
             digest.update(array.data)
         return digest.hexdigest()[:16]
+
+    def limited(self, train: int, test: int | None = None) -> Dataset:
+        """Give at most so many training and test examples, always the same random ones.
+
+        Their order stays, and so do the names of classes and groups, even of those left without
+        an example.
+
+        Parameters
+        ----------
+        train : int
+            Training examples.
+        test : int, optional
+            Test examples; None: all.
+
+        Raises
+        ------
+        InvalidInputError
+            If a number is below 1.
+        """
+        changes: dict[str, Any] = {}
+        for part, count in (("train", train), ("test", test)):
+            total = len(getattr(self, f"y_{part}"))
+            if count is None:
+                continue
+            if count < 1:
+                raise InvalidInputError(f"{part}: expected at least 1 example, got {count}")
+            if count >= total:
+                continue
+            keep = np.sort(np.random.RandomState(0).permutation(total)[:count])
+            for name in (f"x_{part}", f"y_{part}", f"groups_{part}"):
+                array = getattr(self, name)
+                changes[name] = None if array is None else array[keep]
+        return replace(self, **changes) if changes else self
+
+    def _check_groups(self) -> None:
+        given = []
+        for part in ("train", "test"):
+            if (groups := getattr(self, f"groups_{part}")) is None:
+                continue
+            groups = _labels(f"groups_{part}", groups)
+            if len(groups) != len(getattr(self, f"y_{part}")):
+                raise InvalidInputError(
+                    f"groups_{part}: expected as many as y_{part} has labels, "
+                    f"{len(getattr(self, f'y_{part}'))}, got {len(groups)}"
+                )
+            object.__setattr__(self, f"groups_{part}", groups)
+            given.append(groups)
+        if self.groups_test is not None and self.groups_train is None:
+            raise InvalidInputError("groups_test: there are groups_test, but no groups_train")
+        if given:
+            names = _names("group_names", self.group_names, "groups", given)
+            object.__setattr__(self, "group_names", names)
 
 
 def load_dataset(source: str | Path) -> Dataset:
@@ -102,10 +164,16 @@ def load_dataset(source: str | Path) -> Dataset:
     source : str or path
         - ``"digits"``: the 1,797 handwritten 8x8 digits that come with scikit-learn; the first
           1,437 of a fixed shuffle train, the other 360 test.
+        - ``"digits-domains"``: the same in four domains with inputs x, 1 - x, 2x - 1/2 and
+          x/2 + 3/10.  A training example lies in one domain, dealt in turn; the test holds every
+          test example in every domain, so that domains are compared on the same digits.
         - a path that ends in ``.npz``: arrays `x_train`, `y_train`, `x_test`, `y_test` and, if
-          wanted, `classes`.  Images lie (n, height, width) or (n, height, width, channels);
-          uint8 images are scaled to zero mean and unit deviation of each channel, as they are in
-          the training part; everything else is taken as it is.
+          wanted, `classes`, `groups_train`, `groups_test` and `group_names`.  Images lie
+          (n, height, width) or (n, height, width, channels); uint8 images are scaled to zero mean
+          and unit deviation of each channel, as they are in the training part; everything else is
+          taken as it is.
+        - a path that ends in ``.txt``: a play whose speakers are natural clients of a character
+          model, as `flcore.simulation.plays.load_plays` reads it.
         - ``"owner/name"``, ``"cifar10"``, ``"cifar100"``: a Hugging Face id with an image and a
           label column and the splits `train` and `test`; needs the package `datasets`.
 
@@ -119,13 +187,19 @@ def load_dataset(source: str | Path) -> Dataset:
     text = str(source)
     if text == "digits":
         return _digits()
+    if text == "digits-domains":
+        return _digits_domains()
+    if text.endswith(".txt"):
+        from flcore.simulation.plays import load_plays
+
+        return load_plays(Path(source))
     if text.endswith(".npz"):
         return _npz(Path(source))
     if text in HUGGING_FACE_NAMES or text.count("/") == 1:
         return _hugging_face(HUGGING_FACE_NAMES.get(text, text))
     raise InvalidInputError(
-        f'dataset: there is no {text!r}; give "digits", "cifar10", a path that ends in .npz, or a '
-        "Hugging Face id such as uoft-cs/cifar10"
+        f'dataset: there is no {text!r}; give "digits", "digits-domains", "cifar10", a path '
+        "that ends in .npz or .txt, or a Hugging Face id such as uoft-cs/cifar10"
     )
 
 
@@ -137,6 +211,28 @@ def _digits() -> Dataset:
     x = x - x[train].mean(axis=0)
     x = x.reshape(-1, 1, 8, 8)
     return Dataset("digits", x[train], y[train], x[1437:], y[1437:])
+
+
+def _digits_domains() -> Dataset:
+    plain = _digits()
+    scales, shifts = np.array(list(DOMAINS.values()), dtype=np.float32).T
+    train = np.arange(len(plain.y_train)) % len(DOMAINS)  # the digits are shuffled: an IID deal
+    test = np.repeat(np.arange(len(DOMAINS)), len(plain.y_test))
+
+    def shown(x: np.ndarray, domain: np.ndarray) -> np.ndarray:
+        return scales[domain].reshape(-1, 1, 1, 1) * x + shifts[domain].reshape(-1, 1, 1, 1)
+
+    return Dataset(
+        "digits-domains",
+        shown(plain.x_train, train),
+        plain.y_train,
+        shown(np.tile(plain.x_test, (len(DOMAINS), 1, 1, 1)), test),
+        np.tile(plain.y_test, len(DOMAINS)),
+        plain.classes,
+        groups_train=train,
+        groups_test=test,
+        group_names=tuple(DOMAINS),
+    )
 
 
 def _npz(path: Path) -> Dataset:
@@ -151,14 +247,17 @@ def _npz(path: Path) -> Dataset:
                     f"{', '.join(sorted(archive)) or 'no arrays'}"
                 )
             arrays = {name: archive[name] for name in ARRAYS}
-            classes = tuple(archive["classes"].tolist()) if "classes" in archive else ()
+            extra: dict[str, Any] = {name: archive[name] for name in GROUPS if name in archive}
+            for name in ("classes", "group_names"):
+                if name in archive:
+                    extra[name] = tuple(archive[name].tolist())
     except (ValueError, OSError) as error:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(f"dataset: {path} is not a readable .npz file: {error}") from error
     x_train, x_test = _images(arrays["x_train"], arrays["x_test"])
     return Dataset(
-        str(path.resolve()), x_train, arrays["y_train"], x_test, arrays["y_test"], classes
+        str(path.resolve()), x_train, arrays["y_train"], x_test, arrays["y_test"], **extra
     )
 
 
@@ -214,9 +313,19 @@ def _images(x_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _labels(name: str, y: Any) -> np.ndarray:
+    kind = "class" if name.startswith("y_") else "group"
     y = np.asarray(y)
     if y.ndim != 1 or y.dtype.kind not in "iub" or (y.size and y.min() < 0):
         raise InvalidInputError(
-            f"{name}: expected a 1-D array of class numbers from 0, got {y.ndim}-D {y.dtype}"
+            f"{name}: expected a 1-D array of {kind} numbers from 0, got {y.ndim}-D {y.dtype}"
         )
     return y.astype(np.int64)
+
+
+def _names(name: str, given: Any, kind: str, numbers: list[np.ndarray]) -> tuple[str, ...]:
+    """Check that there is a name for every number, or make names up."""
+    count = max(int(n.max()) for n in numbers) + 1
+    names = tuple(str(entry) for entry in given) or tuple(str(entry) for entry in range(count))
+    if len(names) < count:
+        raise InvalidInputError(f"{name}: {len(names)} names for {kind} that go up to {count - 1}")
+    return names

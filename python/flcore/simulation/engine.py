@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +21,39 @@ import numpy as np
 import flcore
 from flcore._extras import require
 from flcore._native import num_threads
-from flcore.algorithms import Algorithm, create
+from flcore.algorithms import (
+    Algorithm,
+    Arrival,
+    Arrivals,
+    Client,
+    LocalResult,
+    Payload,
+    Server,
+    create,
+)
+from flcore.algorithms.layout import Parameters
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.simulation.base import held_out, make_base
 from flcore.simulation.datasets import Dataset, load_dataset
+from flcore.simulation.dealing import Partition, deal
 from flcore.simulation.errors import CheckpointError, DivergedError
 from flcore.simulation.history import PHASES, History, RoundRecord
-from flcore.simulation.local import LocalTrainer
+from flcore.simulation.local import Job, LocalTrainer, choose_trainer
 from flcore.simulation.models import build_model
-from flcore.simulation.partition import check_partition, split
+from flcore.simulation.networks import Network, Networks
+from flcore.simulation.participants import Population, Tools, noisy_labels
+from flcore.simulation.partition import check_partition
 from flcore.simulation.runfolder import FORMAT, Checkpoint, RunFolder
 from flcore.simulation.seeds import Purpose, generator
-from flcore.simulation.server import Server
+from flcore.simulation.server import Aggregator
 from flcore.simulation.settings import Settings
-from flcore.simulation.uplink import dense_bytes, make_uplink
+from flcore.simulation.uplink import (
+    make_uplink,
+    pack_rest,
+    payload_bytes,
+    unpack_rest,
+    vector_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +85,7 @@ def run(
     settings: Settings | None = None,
     *,
     partition: Sequence[np.ndarray] | None = None,
+    server_examples: np.ndarray | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     observer: Observer | None = None,
@@ -82,6 +103,9 @@ def run(
     partition : list of index arrays, optional
         The training examples of each client, in place of the split that `settings` describes;
         there must be `settings.clients` of them.
+    server_examples : (n,) integers, optional
+        Training examples that the server has for itself, and no client: what algorithms that
+        train at the server, too, do it on.
     output : path, optional
         Folder for configuration, metrics, checkpoints and the final model.
     resume : bool
@@ -113,7 +137,9 @@ def run(
     """
     settings = settings or Settings()
     with _threads(settings.threads):
-        simulation = Simulation(algorithm, model, data, settings, partition=partition)
+        simulation = Simulation(
+            algorithm, model, data, settings, partition=partition, server_examples=server_examples
+        )
         return simulation.run(output=output, resume=resume, observer=observer or Observer())
 
 
@@ -131,6 +157,7 @@ class Simulation:
         settings: Settings,
         *,
         partition: Sequence[np.ndarray] | None = None,
+        server_examples: np.ndarray | None = None,
     ) -> None:
         torch = require("torch", extra="train")
         self.settings = settings
@@ -141,27 +168,51 @@ class Simulation:
         if isinstance(model, str):
             rng = generator(settings.seed, Purpose.MODEL)
             model = build_model(model, self.data.example_shape, len(self.data.classes), rng)
+        model = self.algorithm.prepare_model(model)
         own = np.empty(0, np.int64)  # the server's examples
         rest = np.arange(len(self.data.y_train))
         if settings.base_bits is not None and named:
             own, rest = held_out(self.data, settings)
+        elif server_examples is not None:
+            (own,) = check_partition([np.asarray(server_examples)], len(rest))
+            rest = np.setdiff1d(rest, own)
         self.partition = self._partition(partition, rest)
         self.base = None
         if settings.base_bits is not None:
             self.base = make_base(model, self.data, settings, self.algorithm, own)
         self._model = model
-        self.trainer = LocalTrainer(model, loss=settings.loss, optimizer=settings.optimizer)
-        self._tensors = {
-            name: torch.from_numpy(getattr(self.data, name))
-            for name in ("x_train", "y_train", "x_test", "y_test")
-        }
-        self._examples = [torch.from_numpy(indices) for indices in self.partition]
-        self._weights = [self.algorithm.client_weight(len(indices)) for indices in self.partition]
-        self.uplink = make_uplink(settings, self.trainer.initial, self._unit)
-        self.server = Server(
-            self.algorithm, self.trainer.initial, settings, total_weight=sum(self._weights)
+        self._test = [torch.from_numpy(getattr(self.data, name)) for name in ("x_test", "y_test")]
+        self.trainer = LocalTrainer(
+            model,
+            torch.from_numpy(self.data.x_train),
+            loss=settings.loss,
+            optimizer=settings.optimizer,
+            batch_loss=self.algorithm.batch_loss(),
+            statistics=self.algorithm.statistics,
         )
-        self.history = History(model=self.server.model, config=self._config(model_name))
+        self.rounds_trainer = choose_trainer(self.trainer, settings, self.algorithm)
+        self.layout = self.algorithm.layout(self.trainer.layout)
+        initial = self.trainer.initial
+        own_network = Network(self.layout, self.trainer, self.rounds_trainer)
+        self.networks = Networks(own_network, self.algorithm, settings, self.data)
+        self.clients = Population(
+            self.partition, settings, self.layout, self.trainer, self.data, self.networks
+        )
+        labels = noisy_labels(self.data, settings, self.partition, self.clients.attackers)
+        self.trainer.y = torch.from_numpy(labels)
+        self.server = Server(
+            initial.copy(),
+            self.layout,
+            population=settings.clients,
+            participants=settings.participants,
+            tools=Tools(self.trainer, self.data, own),
+        )
+        self.algorithm.server_begin(self.server)
+        self._clients: dict[int, Client] = {}
+        weights = [self.algorithm.client_weight(len(indices)) for indices in self.partition]
+        self.aggregator = Aggregator(self.algorithm, self.layout, settings, sum(weights))
+        self.uplink = make_uplink(settings, self.aggregator.like, self.algorithm.lr)
+        self.history = History(model=self._named_model(), config=self._config(model_name))
 
     def run(
         self, *, output: str | Path | None = None, resume: bool = False, observer: Observer
@@ -198,76 +249,129 @@ class Simulation:
                 f"training diverged in round {round + 1}: {error}", round=round + 1
             ) from error
         self.history.records.append(record)
-        self.history.model = self.server.model
+        self.history.model = self._named_model()
         return record
 
     def _round(self, round: int, observer: Observer) -> RoundRecord:
-        clients = self._draw(round)
         clock = _Clock()
-        downlink = len(dense_bytes(self.server.model)) * len(clients)
-        messages: list[tuple[int, bytes]] = []
-        losses = []
-        for client in clients:
-            with clock("train"):
-                update, loss = self._train(client, round)
-            with clock("encode"):
-                messages.append((client, self.uplink.pack(client, update, round)))
-            losses.append(loss)
-            observer.client_done(client)
+        self.server.round = round
+        exchanged = self._exchange() if round == 0 else (0, 0)
+        drawn = self.algorithm.select(
+            self.server, generator(self.settings.seed, Purpose.PARTICIPANTS, round)
+        )
+        clients = self.clients.who_answers(drawn, round)
+        bytes_up, bytes_down = exchanged
+        jobs = []
+        for id in clients:
+            client = self._clients[id] = self.clients.client(id, round)
+            seed = int(client.rng.integers(2**63))
+            payload, up, down = self._downlink(client)
+            bytes_up, bytes_down = bytes_up + up, bytes_down + down
+            jobs.append(self._job(client, payload, seed))
+        with clock("train"):
+            results = self._train(jobs, round, observer)
+        with clock("encode"):
+            payloads = {
+                job.client: self.algorithm.client_end(result, self._clients[job.client])
+                for job, result in zip(jobs, results, strict=True)
+            }
+            self.clients.lie(payloads, round)
+            messages = [self._pack(client, payload, round) for client, payload in payloads.items()]
         with clock("aggregate"):
-            self.server.step(self._received(messages, round), round)
+            arrivals = self._receive(clients, messages, round)
+            if len(arrivals):
+                mean = arrivals.mean(self.algorithm.weights(arrivals))
+                self.algorithm.server_step(self.server, mean, arrivals)
+            elif self.algorithm.counts_absent:
+                nothing = np.zeros(self.layout.size(), np.float32)
+                self.algorithm.server_step(self.server, nothing, arrivals)
         with clock("evaluate"):
             accuracy, loss = self._evaluate(round)
         return RoundRecord(
             round=round + 1,
             accuracy=accuracy,
             loss=loss,
-            train_loss=sum(losses) / len(losses),
+            train_loss=sum(r.loss for r in results) / len(results) if results else math.nan,
             clients=tuple(clients),
-            bytes_up=sum(len(message) for _, message in messages),
-            bytes_down=downlink,
+            bytes_up=bytes_up + sum(len(main) + len(rest) for main, rest in messages),
+            bytes_down=bytes_down,
             seconds=clock.seconds,
         )
 
-    def _draw(self, round: int) -> list[int]:
-        rng = generator(self.settings.seed, Purpose.PARTICIPANTS, round)
-        clients = rng.choice(self.settings.clients, self.settings.participants, replace=False)
-        return sorted(clients.tolist())
+    def _exchange(self) -> tuple[int, int]:
+        """Let the algorithm exchange what it wants before the first round, and count the bytes."""
+        everyone = [
+            self.clients.client(client, 0, Purpose.EXCHANGE) for client in range(len(self.clients))
+        ]
+        up, down = self.algorithm.one_time_exchange(self.server, everyone) or ((), ())
+        self.networks.know(self.server.model)
+        return sum(map(payload_bytes, up)), sum(map(payload_bytes, down))
 
-    def _unit(self, round: int) -> float:
-        """Local learning rate of a round: updates are proportional to it."""
-        return self.algorithm.client_begin(round).lr
+    def _downlink(self, client: Client) -> tuple[Payload, int, int]:
+        """Give what a client gets, read from the bytes that were sent, and how many up and down."""
+        payload = self.algorithm.downlink(self.server, client.id)
+        main, rest = vector_bytes(payload["model"]), pack_rest(payload, "model")
+        received = {"model": np.frombuffer(main, "<f4"), **unpack_rest(rest)}
+        request = self.algorithm.request(received, client)
+        if request is None:
+            return received, 0, len(main) + len(rest)
+        asked = pack_rest(request)
+        more = pack_rest(self.algorithm.reply(self.server, unpack_rest(asked)))
+        return received | unpack_rest(more), len(asked), len(main) + len(rest) + len(more)
 
-    def _train(self, client: int, round: int) -> tuple[dict[str, np.ndarray], float]:
-        examples = self._examples[client]
-        update, loss = self.trainer.train(
-            self.server.model,
-            self._tensors["x_train"][examples],
-            self._tensors["y_train"][examples],
-            self.algorithm.client_begin(round),
-            epochs=self.algorithm.local_epochs,
-            batch_size=self.algorithm.batch_size,
-            rng=generator(self.settings.seed, Purpose.LOCAL_TRAINING, round, client),
-        )
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"training diverged: the loss of client {client} in round {round + 1} is not "
-                "finite; lower the local learning rate, or clip gradients",
-                round=round + 1,
-                client=client,
-            )
-        return update, loss
+    def _job(self, client: Client, payload: Payload, seed: int) -> Job:
+        work = self.algorithm.client_begin(payload, client)
+        view = self.clients.slowed(self.algorithm.data_view(client), client.id, client.round)
+        return Job(client.id, work, view, seed)
 
-    def _received(
-        self, messages: list[tuple[int, bytes]], round: int
-    ) -> Iterator[tuple[Any, float]]:
-        for client, message in messages:
-            yield self.uplink.unpack(client, message, round), self._weights[client]
+    def _train(self, jobs: list[Job], round: int, observer: Observer) -> list[LocalResult]:
+        results: list[LocalResult] = []
+        for part, trainer in self._parts(jobs):
+            results += trainer.train(part)
+            for job, result in zip(part, results[-len(part) :], strict=True):
+                if not math.isfinite(result.loss):
+                    raise DivergedError(
+                        f"training diverged: the loss of client {job.client} in round {round + 1} "
+                        "is not finite; lower the local learning rate, or clip gradients",
+                        round=round + 1,
+                        client=job.client,
+                    )
+                observer.client_done(job.client)
+        return results
+
+    def _parts(self, jobs: list[Job]) -> Iterator[tuple[list[Job], Any]]:
+        """Yield the jobs that are trained together, in order, and who trains them."""
+        first = 0
+        while first < len(jobs):
+            network, last = self.networks[jobs[first].client], first + 1
+            if network.rounds is not network.trainer:
+                while last < len(jobs) and self.networks[jobs[last].client] is network:
+                    last += 1
+            yield jobs[first:last], network.rounds
+            first = last
+
+    def _pack(self, client: int, payload: Payload, round: int) -> tuple[bytes, bytes]:
+        rest = pack_rest(payload, "update")
+        if "update" not in payload:
+            return b"", rest
+        return self.uplink.pack(client, payload["update"], round), rest
+
+    def _receive(
+        self, clients: Sequence[int], messages: Sequence[tuple[bytes, bytes]], round: int
+    ) -> Arrivals:
+        arrivals = []
+        for client, (main, rest) in zip(clients, messages, strict=True):
+            payload = unpack_rest(rest)
+            if main:
+                payload["update"] = self.uplink.unpack(client, main, round)
+            arrivals.append(Arrival(client, len(self.partition[client]), payload))
+        return self.aggregator.receive(arrivals, round)
 
     def _evaluate(self, round: int) -> tuple[float, float]:
-        accuracy, loss = self.trainer.evaluate(
-            self.server.model, self._tensors["x_test"], self._tensors["y_test"]
-        )
+        if self.algorithm.evaluation == "personal":
+            accuracy, loss = self._evaluate_personal(round)
+        else:
+            accuracy, loss = self.trainer.evaluate(self.server.model, *self._test)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"training diverged: the loss of the global model after round {round + 1} is not "
@@ -276,6 +380,27 @@ class Simulation:
             )
         return accuracy, loss
 
+    def _evaluate_personal(self, round: int) -> tuple[float, float]:
+        """Mean over the clients of their own models on test data like theirs."""
+        figures = []
+        for client in self.algorithm.tested(len(self.clients)):
+            person = self.clients.client(client, round)
+            model = self.algorithm.own_model(self._downlink(person)[0], person)
+            trainer, examples = self.networks[client].trainer, self._own_test[client]
+            figures.append(trainer.evaluate(model, *(t[examples] for t in self._test)))
+        accuracy, loss = np.mean(figures, axis=0).tolist()
+        return accuracy, loss
+
+    @cached_property
+    def _own_test(self) -> list[Any]:
+        """Test examples of each client: of its domains if the data names any, else its classes."""
+        kind = "y" if self.data.groups_train is None else "groups"
+        train, test = (getattr(self.data, f"{kind}_{part}") for part in ("train", "test"))
+        return [np.flatnonzero(np.isin(test, train[indices])) for indices in self.partition]
+
+    def _named_model(self) -> Parameters:
+        return self.layout.named(self.server.model)
+
     def _partition(
         self, partition: Sequence[np.ndarray] | None, rest: np.ndarray
     ) -> list[np.ndarray]:
@@ -283,8 +408,8 @@ class Simulation:
         settings, labels = self.settings, self.data.y_train
         if partition is None:
             rng = generator(settings.seed, Purpose.PARTITION)
-            dealt = split(labels[rest], settings.clients, settings.alpha, rng)
-            return [rest[indices] for indices in dealt]
+            how = settings.partition or Partition.from_alpha(settings.alpha)
+            return deal(self.data, settings.clients, how, rng, examples=rest)
         if len(partition) != settings.clients:
             raise InvalidInputError(
                 f"partition: expected {settings.clients} clients as in the settings, got "
@@ -329,14 +454,16 @@ class Simulation:
     def _base_arrays(self) -> dict[str, np.ndarray]:
         """Give the state of the model without its adapters."""
         state = self._model.state_dict()
-        return {n: t.numpy() for n, t in state.items() if n not in self.trainer.initial}
+        return {n: t.numpy() for n, t in state.items() if n not in self.layout.shapes}
 
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
             round=len(self.history),
-            model=self.server.model,
-            control=self.server.control,
+            model=self._named_model(),
+            control=self.aggregator.control,
             clients=self.uplink.state_dict(),
+            server=self.server.state,
+            own=self.clients.states,
         )
 
     def _open(self, output: str | Path | None, resume: bool) -> RunFolder | None:
@@ -354,12 +481,16 @@ class Simulation:
                 f"output: {folder.path} holds {checkpoint.round} rounds already, more than the "
                 f"{self.settings.rounds} asked for"
             )
-        self.server.model = {name: checkpoint.model[name] for name in self.server.model}
-        if self.server.control is not None and checkpoint.control is not None:
-            self.server.control = {name: checkpoint.control[name] for name in self.server.control}
+        model = [checkpoint.model[name].reshape(-1) for name in self.layout.shapes]
+        self.server.model = np.concatenate(model)
+        self.server.state = checkpoint.server
+        self.clients.states = checkpoint.own
+        self.networks.know(self.server.model)
+        if self.aggregator.control is not None and checkpoint.control is not None:
+            self.aggregator.control = {n: checkpoint.control[n] for n in self.aggregator.like}
         self.uplink.load_state_dict(checkpoint.clients)
         self.history.records = folder.load_history(checkpoint.round)
-        self.history.model = self.server.model
+        self.history.model = self._named_model()
         return folder
 
 

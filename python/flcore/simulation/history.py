@@ -105,6 +105,19 @@ class History:
         """Bytes that the server sent, all rounds together."""
         return sum(record.bytes_down for record in self.records)
 
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes that clients would have sent as plain float32 updates."""
+        parameters = self.config["model"]["parameters"]
+        return 4 * parameters * sum(len(record.clients) for record in self.records)
+
+    def bytes_to(self, accuracy: float) -> int | None:
+        """Bytes sent both ways until a round first reaches this accuracy; None if none does."""
+        rounds = self.rounds_to(accuracy)
+        if rounds is None:
+            return None
+        return sum(r.bytes_up + r.bytes_down for r in self.records[:rounds])
+
     def mean_accuracy(self, last: int = 10) -> float:
         """Mean test accuracy over the last rounds, which a single round's noise moves less."""
         recent = self.records[-last:]
@@ -133,7 +146,7 @@ def summary(history: History) -> list[tuple[str, str]]:
         ),
         *_base_rows(history.config["model"].get("base")),
         ("uplink", f"{history.bytes_up / 1e6:.2f} MB"),
-        ("uplink, against float32", f"{history.bytes_down / history.bytes_up:.1f} x smaller"),
+        ("uplink, against float32", f"{history.bytes_dense / history.bytes_up:.1f} x smaller"),
         ("downlink", f"{history.bytes_down / 1e6:.2f} MB"),
         *((f"time, {name}", f"{seconds[phase]:.2f} s") for phase, name in PHASES.items()),
     ]

@@ -1,4 +1,4 @@
-"""Training and evaluating a torch model whose parameters come and go as NumPy arrays.
+"""Training and evaluating a torch model whose numbers come and go as one NumPy vector.
 
 A small network spends its time in the calls, not in the arithmetic, so the loop is kept bare: all
 parameters live in one vector, all gradients in another, and a step is a few calls on the two.
@@ -7,184 +7,311 @@ parameters live in one vector, all gradients in another, and a step is a few cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from flcore._extras import require
-from flcore.algorithms.base import Parameters, StepSpec, local_steps, named_views
+from flcore.algorithms.layout import Layout, Vector
+from flcore.algorithms.state import DataView, LocalResult, LocalWork
+from flcore.algorithms.step import local_steps
+from flcore.algorithms.tools import BatchLoss
 from flcore.errors import InvalidInputError
 from flcore.ops.perp_grad import pair_views, perp_grad_views
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LocalTrainer"]
+__all__ = ["Job", "LocalTrainer", "Trainer", "choose_trainer"]
 
 EVALUATION_BATCH = 256
 """Examples in one forward pass of the evaluation; larger ones leave the cache with the CNN."""
 
+GATHERED = 2048
+"""Examples that are put into the order of the mini-batches at a time."""
+
+
+@dataclass
+class Job:
+    """The local training of one client in one round.
+
+    Parameters
+    ----------
+    client : int
+    work : LocalWork
+    view : DataView
+    seed : int
+        For random layers such as dropout.
+    """
+
+    client: int
+    work: LocalWork
+    view: DataView
+    seed: int
+
+
+class Trainer(Protocol):
+    """Trains and evaluates one kind of model."""
+
+    layout: Layout
+    initial: Vector
+
+    def train(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Do the local training of several clients; a loss that is not finite is left to see."""
+
+    def evaluate(self, model: Vector, x: Any, y: Any) -> tuple[float, float]:
+        """Give accuracy (0 to 1) and mean loss on the examples `x`, `y`."""
+
 
 class LocalTrainer:
-    """One torch model, used in turn for every client and for the evaluation.
+    """One torch model, used for all clients one after another, and for the evaluation.
 
     Parameters
     ----------
     model : torch.nn.Module
         Maps a batch of examples to class scores.  Its parameters are moved into one vector and
         overwritten by every call; `initial` keeps what they were.
+    x, y : tensors, optional
+        Training data that `DataView.order` refers to.
     loss, optimizer : str
         See `flcore.simulation.Settings`.
+    batch_loss : BatchLoss, optional
+        What is minimised in the place of the mean loss of the batch.
+    statistics : bool
+        Whether an algorithm takes care of running statistics (BatchNorm); if not, a model that
+        has any is refused.
 
     Raises
     ------
     InvalidInputError
-        If a parameter is not float32 on the CPU, or the model keeps running statistics, which
-        no algorithm here exchanges.
+        If a parameter is not float32 on the CPU, or the model keeps running statistics and no one
+        takes care of them.
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, loss: str = "softmax", optimizer: str = "sgd"
+        self,
+        model: torch.nn.Module,
+        x: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        *,
+        loss: str = "softmax",
+        optimizer: str = "sgd",
+        batch_loss: BatchLoss | None = None,
+        statistics: bool = False,
     ) -> None:
-        self._torch = require("torch", extra="train")
+        self._torch = torch = require("torch", extra="train")
         self._loss = _cross_entropy(loss)
+        self._batch_loss = batch_loss
         self._model = model
+        self.x, self.y = x, y
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        _check_model(model, parameters)
-        sizes = [p.numel() for p in parameters.values()]
-        self._x = self._torch.zeros(sum(sizes))
-        self._g = self._torch.zeros(sum(sizes))
-        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        pieces = zip(parameters.values(), self._x.split(sizes), self._g.split(sizes), strict=True)
-        for parameter, values, gradient in pieces:
-            values.copy_(parameter.detach().reshape(-1))
-            parameter.data = values.view(parameter.shape)
-            parameter.grad = gradient.view(parameter.shape)
-        self.initial: Parameters = self._named(self._x.numpy().copy())
+        buffers = _statistics(model)
+        _check_model(parameters, {} if statistics else buffers)
+        trained = sum(p.numel() for p in parameters.values())
+        tensors = parameters | buffers
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.layout = Layout(shapes, trained, kinds=_kinds(model, shapes))
+        self._x = torch.zeros(self.layout.numel)
+        self._g = torch.zeros(trained)
+        for name, piece in self.layout.slices.items():
+            tensor = tensors[name]
+            values = self._x[piece]
+            values.copy_(tensor.detach().reshape(-1))
+            tensor.data = values.view(tensor.shape)
+            if name in parameters:
+                tensor.grad = self._g[piece].view(tensor.shape)
+        self.initial: Vector = self._x.numpy().copy()
         self._project = self._projection() if optimizer == "perpgrad" else None
 
     @property
     def numel(self) -> int:
         """Number of trained parameters."""
-        return self._x.numel()
+        return self.layout.trained
 
-    def train(
-        self,
-        start: Parameters,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        spec: StepSpec,
-        *,
-        epochs: int,
-        batch_size: int,
-        rng: np.random.Generator,
-    ) -> tuple[Parameters, float]:
-        """Train on one client's examples, starting from `start`.
+    @property
+    def torch(self) -> Any:
+        """The module torch."""
+        return self._torch
 
-        Parameters
-        ----------
-        start : dict of float32 arrays
-        x, y : tensors of n examples and their labels
-        spec : StepSpec
-        epochs, batch_size : int
-            ``epochs * ceil(n / batch_size)`` steps, in an order drawn anew for each epoch.
-        rng : numpy.random.Generator
-            Source of the order, and of the seed for random layers such as dropout.
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module, with the numbers of the last call."""
+        return self._model
+
+    def train(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Train one client after another.
 
         Returns
         -------
-        update : dict of float32 arrays
-            Trained parameters minus `start`.
-        loss : float
-            Mean of the batches' losses; not finite if training diverged.
+        One LocalResult a job, in order; where training diverged, its loss is NaN.
         """
-        self._load(start)
-        before = self._x.clone()
-        self._model.train()
-        self._torch.manual_seed(int(rng.integers(2**63)))
-        losses: list[torch.Tensor] = []
-        batches = self._gradients(x, y, epochs, batch_size, rng, losses)
-        steps = local_steps(self._x, batches, replace(spec, project=self._project))
-        update = (self._x - before).numpy()
-        loss = float(self._torch.stack(losses).sum()) / steps
-        return self._named(update), loss if np.isfinite(update).all() else math.nan
+        return [self._train(job) for job in jobs]
 
-    def evaluate(
-        self, parameters: Parameters, x: torch.Tensor, y: torch.Tensor
-    ) -> tuple[float, float]:
-        """Give accuracy (0 to 1) and mean loss on the examples `x`, `y`."""
+    def _train(self, job: Job) -> LocalResult:
         torch = self._torch
-        self._load(parameters)
-        self._model.eval()
+        start = torch.from_numpy(np.ascontiguousarray(job.work.start))
+        self._x.copy_(start)
+        self._model.train()
+        torch.manual_seed(job.seed)
+        losses: list[torch.Tensor] = []
+        batches = self._batches(job.view)
+        batch: list[Any] = [-1, None, None]
+        aux = {
+            name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+            for name, value in job.work.aux.items()
+        }
+
+        def gradient(rows: torch.Tensor, k: int) -> torch.Tensor:
+            if k != batch[0]:
+                batch[:] = [k, *next(batches)]
+            elsewhere = rows.data_ptr() != self._x.data_ptr()
+            if elsewhere:
+                here = self._x[: self.layout.trained].clone()
+                self._x[: self.layout.trained].copy_(rows[0])
+            self._g.zero_()
+            aux["step"] = k
+            loss = self._objective(batch[1], batch[2], aux)
+            loss.backward()
+            if elsewhere:
+                self._x[: self.layout.trained].copy_(here)
+            if len(losses) <= k:
+                losses.append(loss.detach())
+            return self._g[None]
+
+        x = self._x[: self.layout.trained][None]
+        spec = replace(job.work.spec, project=self._project)
+        local_steps(x, gradient, [spec], [len(job.view.sizes)])
+        end = self._x.numpy().copy()
+        loss = float(torch.stack(losses).sum()) / len(losses)
+        return LocalResult(job.work, end, len(losses), loss if np.isfinite(end).all() else math.nan)
+
+    def evaluate(self, model: Vector, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+        """Give accuracy (0 to 1) and mean loss on the examples `x`, `y`."""
         correct, loss = 0, 0.0
-        with torch.inference_mode():
-            for first in range(0, len(y), EVALUATION_BATCH):
-                batch = slice(first, first + EVALUATION_BATCH)
-                scores = self._model(x[batch])
-                correct += int((scores.argmax(1) == y[batch]).sum())
-                loss += float(self._loss(scores, y[batch], reduction="sum"))
+        for scores, labels in self._passes(model, x, y):
+            correct += int((scores.argmax(1) == labels).sum())
+            loss += float(self._loss(scores, labels, reduction="sum"))
         return correct / len(y), loss / len(y)
 
-    def _gradients(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        epochs: int,
-        batch_size: int,
-        rng: np.random.Generator,
-        losses: list[torch.Tensor],
-    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Yield one gradient function for each mini-batch, noting the losses on the way."""
-        for _ in range(epochs):
-            order = self._torch.from_numpy(rng.permutation(len(y)))
-            x_epoch, y_epoch = x[order], y[order]
-            for first in range(0, len(y), batch_size):
-                x_batch = x_epoch[first : first + batch_size]
-                y_batch = y_epoch[first : first + batch_size]
+    def losses(self, model: Vector, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
+        """Give the loss of every example in evaluation mode, (n,) float32."""
+        parts = [
+            self._loss(scores, labels, reduction="none")
+            for scores, labels in self._passes(model, x, y)
+        ]
+        return self._torch.cat(parts).numpy()
 
-                def gradient(
-                    _: torch.Tensor, x: torch.Tensor = x_batch, y: torch.Tensor = y_batch
-                ) -> torch.Tensor:
-                    self._g.zero_()
-                    loss = self._loss(self._model(x), y)
-                    loss.backward()
-                    losses.append(loss.detach())
-                    return self._g
+    def scores(self, model: Vector, x: torch.Tensor) -> np.ndarray:
+        """Give the class scores of every example in evaluation mode, (n, classes) float32."""
+        return self._torch.cat([scores for scores, _ in self._passes(model, x, x)]).numpy()
 
-                yield gradient
+    def features(self, model: Vector, x: torch.Tensor) -> np.ndarray:
+        """Give what the last layer gets, of every example, (n, features) float32."""
+        from flcore.simulation.models import split_features
 
-    def _projection(self) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        body, _ = split_features(self._model)
+        parts = [out for out, _ in self._passes(model, x, x, module=body)]
+        return self._torch.cat(parts).numpy()
+
+    def gradient(self, model: Vector, x: torch.Tensor, y: torch.Tensor) -> Vector:
+        """Give the gradient of the mean loss over the examples, in training mode, (d,)."""
+        self._x.copy_(self._torch.from_numpy(np.ascontiguousarray(model)))
+        self._model.train()
+        self._g.zero_()
+        self._loss(self._model(x), y).backward()
+        gradient = np.zeros_like(model)
+        gradient[: self.layout.trained] = self._g.numpy()
+        return gradient
+
+    def _passes(
+        self, model: Vector, x: torch.Tensor, y: torch.Tensor, module: Any = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Run the model on one part of the examples after another, in evaluation mode."""
+        self._x.copy_(self._torch.from_numpy(np.ascontiguousarray(model)))
+        self._model.eval()
+        with self._torch.inference_mode():
+            for first in range(0, len(x), EVALUATION_BATCH):
+                batch = slice(first, first + EVALUATION_BATCH)
+                yield (module or self._model)(x[batch]), y[batch]
+
+    def _objective(self, x: torch.Tensor, y: torch.Tensor, aux: dict[str, Any]) -> torch.Tensor:
+        if self._batch_loss is None:
+            return self._loss(self._model(x), y)
+        weight = x.new_full((len(y),), 1.0 / len(y))
+        return self._batch_loss(self._forward, x, y, weight, aux)
+
+    def functional(self, x: torch.Tensor, parameters: torch.Tensor, **options: Any) -> Any:
+        """Give the scores as a function of a (d,) tensor, differentiable in it."""
+        named = {
+            name: parameters[piece].view(self.layout.shapes[name])
+            for name, piece in self.layout.slices.items()
+        }
+        return self._torch.func.functional_call(self._model, named, (x,), options)
+
+    def _forward(
+        self, x: torch.Tensor, parameters: Any = None, *, features: bool = False, **options: Any
+    ) -> Any:
+        """`flcore.algorithms.tools.Forward` of the model that is trained."""
+        if parameters is None:
+            return _run(self._model, x, features, options)
+        training = self._model.training
+        here = self._x.clone()  # put back before the backward pass needs it
+        self._model.eval()  # frozen models do not move statistics
+        self._x.copy_(parameters)
+        with self._torch.no_grad():
+            out = _run(self._model, x, features, options)
+        self._x.copy_(here)
+        self._model.train(training)
+        return out
+
+    def _batches(self, view: DataView) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the mini-batches; examples are gathered many at a time."""
+        x = self.x if view.x is None else self._torch.as_tensor(view.x)
+        y = self.y if view.y is None else self._torch.as_tensor(view.y)
+        assert x is not None and y is not None
+        order = self._torch.from_numpy(view.order)
+        first = 0
+        ahead: list[int] = []
+        for i, size in enumerate(view.sizes):
+            ahead.append(size)
+            if sum(ahead) < GATHERED and i + 1 < len(view.sizes):
+                continue
+            part = order[first : first + sum(ahead)]
+            yield from zip(x[part].split(ahead), y[part].split(ahead), strict=True)
+            first += sum(ahead)
+            ahead = []
+
+    def _projection(self) -> Callable[[Any, Any], None]:
         """Return a function that projects the gradients, each along its parameter, in place.
 
         Parameters and gradients stay where they are, so that kernels know them once for all.
         """
         pieces = [
-            (name, *(vector[first : first + size] for vector in (self._x, self._g)))
-            for name, first, size in self._places()
-            if size > 1
+            (name, self._x[piece], self._g[piece])
+            for name, piece in self.layout.slices.items()
+            if 1 < piece.stop - piece.start and piece.stop <= self.layout.trained
         ]
         names, weights, grads = zip(*pieces, strict=True) if pieces else ((), (), ())
         pairs = pair_views(weights, grads, [(name, f"{name}.grad") for name in names])
         return lambda x, g: perp_grad_views(pairs)
 
-    def _places(self) -> Iterator[tuple[str, int, int]]:
-        """Yield name, first position and number of elements of each parameter."""
-        first = 0
-        for name, shape in self._shapes.items():
-            size = math.prod(shape)
-            yield name, first, size
-            first += size
 
-    def _load(self, parameters: Parameters) -> None:
-        values = self._named(self._x.numpy())
-        for name, value in parameters.items():
-            values[name][...] = value
+def choose_trainer(trainer: LocalTrainer, settings: Any, algorithm: Any) -> Any:
+    """Give what trains the clients of a round: the trainer itself, one client after another."""
+    return trainer
 
-    def _named(self, vector: np.ndarray) -> Parameters:
-        """Views of one vector, one for each parameter."""
-        return named_views(vector, self._shapes)
+
+def _run(model: Any, x: Any, features: bool, options: dict[str, Any]) -> Any:
+    """Give the scores, or the features and the scores."""
+    if not features:
+        return model(x, **options)
+    from flcore.simulation.models import split_features
+
+    body, head = split_features(model)
+    inner = body(x)
+    return inner, head(inner)
 
 
 def _cross_entropy(loss: str) -> Callable[..., Any]:
@@ -195,7 +322,25 @@ def _cross_entropy(loss: str) -> Callable[..., Any]:
     return stablemax_cross_entropy
 
 
-def _check_model(model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter]) -> None:
+def _kinds(model: torch.nn.Module, shapes: dict[str, Any]) -> dict[str, str]:
+    """Give the kinds of the tensors that are in the vector."""
+    from flcore.simulation.kinds import module_kinds
+
+    return {name: kind for name, kind in module_kinds(model).items() if name in shapes}
+
+
+def _statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Give the running statistics that the model keeps by itself."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    }
+
+
+def _check_model(
+    parameters: dict[str, torch.nn.Parameter], statistics: dict[str, torch.Tensor]
+) -> None:
     if not parameters:
         raise InvalidInputError("model: it has no trainable parameter")
     for name, p in parameters.items():
@@ -203,9 +348,9 @@ def _check_model(model: torch.nn.Module, parameters: dict[str, torch.nn.Paramete
             raise InvalidInputError(
                 f"model: parameter {name} must be float32 on the CPU, got {p.dtype} on {p.device}"
             )
-    statistics = [name for name, _ in model.named_buffers() if name.endswith("running_mean")]
     if statistics:
         raise InvalidInputError(
-            f"model: {statistics[0]} is a running statistic, which is not exchanged between "
-            "clients and server; use GroupNorm or LayerNorm in place of BatchNorm"
+            f"model: {next(iter(statistics))} is a running statistic, which this algorithm does "
+            "not exchange between clients and server; use GroupNorm or LayerNorm in place of "
+            "BatchNorm, or the algorithm fedbn"
         )

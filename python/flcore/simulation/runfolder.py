@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,24 @@ FORMAT = 1
 FILES = ("metrics.jsonl", "checkpoint.safetensors", "model.safetensors")
 """What a run writes beside config.json."""
 
-ADDED = {"loss": "softmax", "optimizer": "sgd", "base_bits": None, "lora": 0}
+ADDED = {
+    "loss": "softmax",
+    "optimizer": "sgd",
+    "base_bits": None,
+    "lora": 0,
+    "partition": None,
+    "label_noise": 0.0,
+    "dropout": 0.0,
+    "stragglers": 0.0,
+    "attack": None,
+    "attackers": 0,
+    "aggregation": None,
+    "execution": "auto",
+}
 """Settings that older runs do not have, with what those runs did."""
+
+KEYS = {"client": "clients", "own": "own"}
+"""First part of the names of clients' arrays, and where their plain values are."""
 
 FREE = (
     ("versions",),
@@ -59,13 +75,19 @@ class Checkpoint:
     control : dict of float32 arrays, or None
         The server's control vector.
     clients : dict of dicts
-        What each client keeps, see `flcore.simulation.uplink`.
+        What each client keeps for its uplink, see `flcore.simulation.uplink`.
+    server : dict
+        What the algorithm keeps at the server: arrays and plain values.
+    own : dict of dicts
+        What it keeps at each client.
     """
 
     round: int
     model: Parameters
     control: Parameters | None
     clients: State
+    server: dict[str, Any] = field(default_factory=dict)
+    own: State = field(default_factory=dict)
 
 
 class RunFolder:
@@ -154,19 +176,18 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint."""
         arrays: dict[str, np.ndarray] = {}
-        values: dict[str, dict[str, Any]] = {}
         for name, value in checkpoint.model.items():
             arrays[f"model/{name}"] = value
         for name, value in (checkpoint.control or {}).items():
             arrays[f"control/{name}"] = value
-        for client, state in checkpoint.clients.items():
-            values[str(client)] = {}
-            for name, value in state.items():
-                if isinstance(value, np.ndarray):
-                    arrays[f"client/{client}/{name}"] = value
-                else:
-                    values[str(client)][name] = value
-        facts = {"format": FORMAT, "round": checkpoint.round, "clients": values}
+        plain: dict[str, Any] = {"server": {}}
+        _part(checkpoint.server, "server", arrays, plain["server"])
+        for kind, states in (("client", checkpoint.clients), ("own", checkpoint.own)):
+            plain[KEYS[kind]] = {}
+            for client, state in states.items():
+                values = plain[KEYS[kind]][str(client)] = {}
+                _part(state, f"{kind}/{client}", arrays, values)
+        facts = {"format": FORMAT, "round": checkpoint.round, **plain}
         self._save_arrays("checkpoint.safetensors", arrays, {"flcore": json.dumps(facts)})
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -183,17 +204,30 @@ class RunFolder:
                     arrays[name] = stored.get_tensor(name)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"output: {file} cannot be read: {error}") from error
-        clients: State = {int(client): dict(rest) for client, rest in facts["clients"].items()}
-        model: Parameters = {}
-        control: Parameters = {}
+        states: dict[str, State] = {
+            kind: {int(client): dict(rest) for client, rest in facts.get(key, {}).items()}
+            for kind, key in KEYS.items()
+        }
+        found: dict[str, dict[str, Any]] = {
+            "model": {},
+            "control": {},
+            "server": facts.get("server", {}),
+        }
         for key, value in arrays.items():
             kind, _, name = key.partition("/")
-            if kind == "client":
+            if kind in states:
                 client, _, name = name.partition("/")
-                clients[int(client)][name] = value
+                states[kind][int(client)][name] = value
             else:
-                (model if kind == "model" else control)[name] = value
-        return Checkpoint(facts["round"], model, control or None, clients)
+                found[kind][name] = value
+        return Checkpoint(
+            facts["round"],
+            found["model"],
+            found["control"] or None,
+            states["client"],
+            found["server"],
+            states["own"],
+        )
 
     def save_model(self, model: Parameters) -> None:
         """Write the final model; its bytes depend on nothing but the parameters."""
@@ -221,6 +255,17 @@ class RunFolder:
             os.replace(beside, file)
         except OSError as error:
             raise CheckpointError(f"output: cannot write {file}: {error}") from error
+
+
+def _part(
+    state: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray], values: dict[str, Any]
+) -> None:
+    """Part a state into arrays and plain values."""
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            arrays[f"{prefix}/{name}"] = value
+        else:
+            values[name] = value
 
 
 def _check_same_run(stored: dict[str, Any], config: dict[str, Any], path: Path) -> None:

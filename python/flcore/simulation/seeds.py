@@ -22,6 +22,11 @@ class Purpose(IntEnum):
     PARTICIPANTS = 2
     LOCAL_TRAINING = 3
     BASE = 4
+    ATTACKERS = 5
+    ATTACK = 6
+    FAULTS = 7
+    LABEL_NOISE = 8
+    EXCHANGE = 9
 
 
 def generator(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:

@@ -1,24 +1,28 @@
-"""The server: sums messages as they come and moves the global model."""
+"""The server's end of a round: messages become one direction as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flcore.aggregation import Accumulator
-from flcore.algorithms.base import Algorithm, Parameters
+from flcore.algorithms.base import Algorithm
+from flcore.algorithms.layout import Layout, Parameters, Vector
+from flcore.algorithms.state import Arrival, Arrivals
+from flcore.errors import InvalidInputError
 from flcore.ops import combine
 from flcore.simulation.settings import Settings
 
-__all__ = ["Server"]
+__all__ = ["Aggregator"]
 
 
-class Server:
-    """Global model, control vector, and the step that changes them.
+class Aggregator:
+    """Sums the updates of a round, dense or in packets, and keeps the control vector.
 
-    Without server control the direction is the weighted mean of the updates present,
+    Without server control the direction is the weighted mean of the updates present, or what a
+    robust rule makes of them,
 
         direction = sum_{i in S} q_i D_i / sum_{i in S} q_i
 
@@ -46,53 +50,101 @@ class Server:
     Parameters
     ----------
     algorithm : Algorithm
-    model : dict of float32 arrays
-        The first global model.
+    layout : Layout
+        Of the model; updates hold its shared tensors.
     settings : Settings
     total_weight : float
         Sum of the weights of all clients, present or not.
 
     Attributes
     ----------
-    model : dict of float32 arrays
     control : dict of float32 arrays, or None
         H; None unless the error control is EControl or EF21.
     """
 
     def __init__(
-        self, algorithm: Algorithm, model: Parameters, settings: Settings, total_weight: float
+        self, algorithm: Algorithm, layout: Layout, settings: Settings, total_weight: float
     ) -> None:
         self._algorithm = algorithm
         self._settings = settings
         self._total_weight = total_weight
-        self.model = model
+        self.like: Parameters = {
+            name: np.zeros(layout.shapes[name], np.float32) for name in layout.names()
+        }
         self.control: Parameters | None = None
         if settings.controls_server:
-            self.control = {name: np.zeros_like(value) for name, value in model.items()}
+            self.control = {name: np.zeros_like(value) for name, value in self.like.items()}
 
-    def step(self, updates: Iterable[tuple[Any, float]], round: int) -> None:
-        """Take the updates of `round`, each with its weight, one after another.
+    def receive(self, arrivals: Sequence[Arrival], round: int) -> Arrivals:
+        """Give the messages of `round` as an algorithm sees them."""
+        return _Received(arrivals, self, round)
 
-        A packet is added without making a dense copy of it, and is not kept.
+    def total(self, updates: Sequence[Any], weights: Sequence[float]) -> Accumulator:
+        """Add up, one message after another: packets are added without a dense copy."""
+        total = Accumulator(self.like, dtype=self._settings.accumulate)
+        for update, weight in zip(updates, weights, strict=True):
+            total.add(self._named(update), float(weight))
+        return total
 
-        Raises
-        ------
-        NonFiniteError
-            If an update or the sum is not finite.
-        """
-        total = Accumulator(self.model, dtype=self._settings.accumulate)
-        for update, weight in updates:
-            total.add(update, weight)
-        self.model = self._algorithm.server_step(self.model, self._direction(total, round))
-
-    def _direction(self, total: Accumulator, round: int) -> Parameters:
+    def direction(self, updates: Sequence[Any], weights: Sequence[float], round: int) -> Parameters:
+        """Give the direction of the class's description, and move H."""
+        rule = self._settings.aggregation
+        if rule is not None:
+            like = self.like if self._settings.codec is not None else None
+            known = list(weights) if getattr(rule, "weighted", False) else None
+            return rule([self._named(update) for update in updates], known, like=like)
+        total = self.total(updates, weights)
         if self.control is None:
             return total.result()
         before = self.control
-        now, last = (self._algorithm.client_begin(t).lr for t in (round, max(round - 1, 0)))
+        now, last = (self._algorithm.lr(t) for t in (round, max(round - 1, 0)))
         if now != last:
             before = combine([before], [now / last])
         self.control = combine([before, total.result(divisor=self._total_weight)], [1.0, 1.0])
         if self._settings.control_step == "paper":
             return self.control
         return combine([before, total.result()], [1.0, 1.0])
+
+    def _named(self, update: Any) -> Any:
+        """Give what `Accumulator.add` takes: a packet, or arrays by name."""
+        if not isinstance(update, np.ndarray):
+            return update
+        named, first = {}, 0
+        for name, value in self.like.items():
+            named[name] = update[first : first + value.size].reshape(value.shape)
+            first += value.size
+        return named
+
+
+class _Received(Arrivals):
+    """Messages whose updates the aggregator sums."""
+
+    def __init__(self, arrivals: Sequence[Arrival], aggregator: Aggregator, round: int) -> None:
+        super().__init__(arrivals)
+        self._aggregator, self._round = aggregator, round
+
+    def sum(self, weights: Sequence[float], name: str = "update") -> Vector:
+        """Sum of the arrays called `name`, each times its weight."""
+        if name != "update":
+            return super().sum(weights, name)
+        if self._aggregator.control is not None:
+            raise InvalidInputError(
+                "feedback: this algorithm takes sums of the updates, and under EControl and EF21 "
+                "messages are changes of what the server keeps; use EF14, or no error control"
+            )
+        total = self._aggregator.total(*self.having(name, weights))
+        return _vector(total.result(divisor=1.0))
+
+    def mean(self, weights: Sequence[float], name: str = "update") -> Vector:
+        """Weighted mean, or what the run's rule or error control makes of the updates."""
+        if name != "update":
+            return super().mean(weights, name)
+        updates, weights = self.having(name, weights)
+        if not updates:
+            return _vector({n: np.zeros_like(v) for n, v in self._aggregator.like.items()})
+        return _vector(self._aggregator.direction(updates, weights, self._round))
+
+
+def _vector(named: Parameters) -> Vector:
+    nothing = np.empty(0, np.float32)
+    return np.concatenate([nothing, *(value.reshape(-1) for value in named.values())])

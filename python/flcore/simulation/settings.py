@@ -6,10 +6,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from flcore.aggregation import Pipeline
+from flcore.aggregation._rule import Rule
 from flcore.compression import EControl, TopK
 from flcore.compression._codec import Codec
 from flcore.compression._feedback import Feedback
 from flcore.errors import InvalidInputError
+from flcore.simulation.attacks import Attack, attack_from_text, check_attackers
+from flcore.simulation.dealing import Partition, partition_from_text
+from flcore.simulation.rules import rule_from_text, rule_to_text
 
 __all__ = ["Settings"]
 
@@ -19,6 +24,7 @@ STARTS = ("zero", "dense")
 LOSSES = ("softmax", "stablemax")
 OPTIMIZERS = ("sgd", "perpgrad")
 BASE_BITS = (8, 4, 3, 2)
+EXECUTIONS = ("auto", "batched", "sequential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,19 @@ class Settings:
         is a fraction of all.
     alpha : float or None
         Dirichlet concentration of the classes at a client; None: an IID split.
+    partition : Partition or text, optional
+        How the training data is dealt, in the place of `alpha`: see `partition_from_text`.
+    label_noise : float
+        Share of the training labels that are replaced by others, drawn uniformly.
+    dropout : float
+        Probability that a client that was drawn does not answer in a round.
+    stragglers : float
+        Probability that a client does only a part of its local steps in a round: any number from
+        one to all, equally likely.
+    attack : Attack or text, optional
+        What `attackers` send, see `flcore.simulation.attacks`; ``"sign-flip:scale=2"``.
+    attackers : int or float
+        Clients that lie: a count, or a share of all. The same ones in all rounds.
     seed : int
         Every random number of the run derives from it.
     codec : codec of `flcore.compression`, or None
@@ -63,6 +82,9 @@ class Settings:
     optimizer : {"sgd", "perpgrad"}
         Step of the clients: along the gradient, or along the gradient without its part along the
         parameters, tensor by tensor (`flcore.optim.PerpGrad`), which does not lengthen them.
+    aggregation : rule of `flcore.aggregation` or text, optional
+        A robust rule in the place of the weighted mean, ``"nnm:f=2>>trimmed-mean:f=2"`` as text.
+        Not with an error control that keeps H.
     accumulate : {"float32", "float64", "reproducible"}
         Arithmetic of the sum over clients, see `flcore.aggregation.Accumulator`.
     base_bits : {None, 8, 4, 3, 2}
@@ -70,6 +92,9 @@ class Settings:
         `flcore.simulation.base`.  None: train all parameters.
     lora : int
         Rank of the adapters, with `base_bits`.
+    execution : {"auto", "batched", "sequential"}
+        Whether the clients of a round are trained together, as one batched computation, or one
+        after another. The results agree to rounding. auto: together where it is faster.
     threads : int
         Threads of torch and flcore.  One is fastest for networks as small as the MLP.
     checkpoint_every : int
@@ -85,6 +110,12 @@ class Settings:
     clients: int = 50
     participation: int | float = 5
     alpha: float | None = 0.05
+    partition: Any = None
+    label_noise: float = 0.0
+    dropout: float = 0.0
+    stragglers: float = 0.0
+    attack: Any = None
+    attackers: int | float = 0
     seed: int = 0
     codec: Any = field(default_factory=lambda: TopK(ratio=0.1))
     feedback: Any = field(default_factory=EControl)
@@ -92,9 +123,11 @@ class Settings:
     control_step: str = "saga"
     loss: str = "softmax"
     optimizer: str = "sgd"
+    aggregation: Any = None
     accumulate: str = "float32"
     base_bits: int | None = None
     lora: int = 0
+    execution: str = "auto"
     threads: int = 1
     checkpoint_every: int = 10
 
@@ -107,7 +140,20 @@ class Settings:
             raise InvalidInputError(
                 f"alpha: expected a positive number, or None for an IID split, got {self.alpha!r}"
             )
+        for name, parse in (
+            ("partition", partition_from_text),
+            ("attack", attack_from_text),
+            ("aggregation", rule_from_text),
+        ):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, parse(getattr(self, name)))
+        for name in ("label_noise", "dropout", "stragglers"):
+            _share(name, getattr(self, name))
+        check_attackers(self.attack, self.attackers, self.clients)
         for name, kind, known in (
+            ("partition", Partition, "a partition of flcore.simulation"),
+            ("attack", Attack, "an attack of flcore.simulation"),
+            ("aggregation", (Rule, Pipeline), "a rule of flcore.aggregation"),
             ("codec", Codec, "a codec of flcore.compression"),
             ("feedback", Feedback, "an error control of flcore.compression"),
         ):
@@ -124,6 +170,13 @@ class Settings:
         _one_of("loss", self.loss, LOSSES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("accumulate", self.accumulate, ACCUMULATE)
+        _one_of("execution", self.execution, EXECUTIONS)
+        if self.aggregation is not None and self.controls_server:
+            raise InvalidInputError(
+                f"aggregation: {self.aggregation!r} works on the clients' updates, and under "
+                "EControl and EF21 messages are changes of what the server keeps; use EF14, or no "
+                "error control"
+            )
         self._check_base()
         for name, plain in (("start", "zero"), ("control_step", "saga")):
             if getattr(self, name) != plain and not self.controls_server:
@@ -147,9 +200,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values, for configuration files."""
         plain = dict(vars(self))
-        for name in ("codec", "feedback"):
+        for name in ("codec", "feedback", "attack"):
             if plain[name] is not None:
                 plain[name] = plain[name].to_dict()
+        if self.partition is not None:
+            plain["partition"] = self.partition.to_text()
+        if self.aggregation is not None:
+            plain["aggregation"] = rule_to_text(self.aggregation)
         return plain
 
     def _check_base(self) -> None:
@@ -183,6 +240,11 @@ class Settings:
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidInputError(f"{name}: expected a whole number from {least}, got {value!r}")
+
+
+def _share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise InvalidInputError(f"{name}: expected a share from 0 to below 1, got {value!r}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -10,11 +10,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flcore.algorithms.base import Parameters, named_views
+from flcore._extras import require
+from flcore.algorithms.layout import Parameters, Vector, named_views
+from flcore.algorithms.state import Payload
 from flcore.compression import Encoder, EpochError, Limits, Packet, PacketError
 from flcore.simulation.settings import Settings
 
-__all__ = ["DenseUplink", "PacketUplink", "Uplink", "dense_bytes", "make_uplink"]
+__all__ = [
+    "DenseUplink",
+    "PacketUplink",
+    "Uplink",
+    "make_uplink",
+    "pack_rest",
+    "payload_bytes",
+    "unpack_rest",
+    "vector_bytes",
+]
 
 State = dict[int, dict[str, Any]]
 """What clients keep between rounds: client -> name -> array or plain value."""
@@ -23,10 +34,10 @@ State = dict[int, dict[str, Any]]
 class Uplink(Protocol):
     """Turns an update into bytes at the client, and into something to sum at the server."""
 
-    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+    def pack(self, client: int, update: Vector, round: int) -> bytes:
         """Give the message of `client`, updating what the client keeps."""
 
-    def unpack(self, client: int, message: bytes, round: int) -> Packet | Parameters:
+    def unpack(self, client: int, message: bytes, round: int) -> Packet | Vector:
         """Give what `Accumulator.add` takes; raises `PacketError` if the message is not right."""
 
     def state_dict(self) -> State:
@@ -48,9 +59,28 @@ def make_uplink(
     return PacketUplink(settings, like, unit)
 
 
-def dense_bytes(model: Parameters) -> bytes:
-    """Give a model or an update as plain little-endian float32 values, one array after another."""
-    return b"".join(value.astype("<f4", copy=False).tobytes() for value in model.values())
+def vector_bytes(vector: Vector) -> bytes:
+    """Give a model or an update as plain little-endian float32 values."""
+    return vector.astype("<f4", copy=False).tobytes()
+
+
+def pack_rest(payload: Payload, main: str | None = None) -> bytes:
+    """Give all of a message but its entry `main`, in the safetensors format; nothing if empty."""
+    rest = {name: np.asarray(v, order="C") for name, v in payload.items() if name != main}
+    return require("safetensors.numpy", extra="train").save(rest) if rest else b""
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Give the bytes of the values in a message."""
+    return sum(np.asarray(value).nbytes for value in payload.values())
+
+
+def unpack_rest(message: bytes) -> Payload:
+    """Read what `pack_rest` wrote; arrays without dimensions become numbers."""
+    if not message:
+        return {}
+    arrays = require("safetensors.numpy", extra="train").load(message)
+    return {name: value if value.ndim else value.item() for name, value in arrays.items()}
 
 
 class DenseUplink:
@@ -63,20 +93,19 @@ class DenseUplink:
     """
 
     def __init__(self, like: Parameters) -> None:
-        self._shapes = {name: value.shape for name, value in like.items()}
         self._numel = sum(value.size for value in like.values())
 
-    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+    def pack(self, client: int, update: Vector, round: int) -> bytes:
         """Give the values."""
-        return dense_bytes(update)
+        return vector_bytes(update)
 
-    def unpack(self, client: int, message: bytes, round: int) -> Parameters:
-        """Give views into the message, by name."""
+    def unpack(self, client: int, message: bytes, round: int) -> Vector:
+        """Give a view of the message."""
         if len(message) != 4 * self._numel:
             raise PacketError(
                 f"message of client {client}: expected {4 * self._numel} bytes, got {len(message)}"
             )
-        return named_views(np.frombuffer(message, dtype="<f4"), self._shapes)
+        return np.frombuffer(message, dtype="<f4")
 
     def state_dict(self) -> State:
         """Give nothing: a dense uplink has no memory."""
@@ -120,7 +149,7 @@ class PacketUplink:
         self._taken: dict[int, int] = {}
         self._units: dict[int, float] = {}
 
-    def pack(self, client: int, update: Parameters, round: int) -> bytes:
+    def pack(self, client: int, update: Vector, round: int) -> bytes:
         """Compress, and carry what was left out to the client's next round."""
         encoder = self._encoder(client)
         unit = self._unit(round)
@@ -128,7 +157,8 @@ class PacketUplink:
         if before != unit:
             encoder.rescale(unit / before)
         self._units[client] = unit
-        return bytes(encoder.encode(update, round=round, seed=self._settings.seed))
+        named = named_views(update, {name: value.shape for name, value in self._like.items()})
+        return bytes(encoder.encode(named, round=round, seed=self._settings.seed))
 
     def unpack(self, client: int, message: bytes, round: int) -> Packet:
         """Check the packet and give it, still compressed."""

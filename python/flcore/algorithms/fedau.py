@@ -1,0 +1,115 @@
+"""FedAU: clients weighted by how long they stay away, for unknown rates of participation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from flcore.aggregation import ParticipationWeights
+from flcore.algorithms.base import check_choice, check_whole
+from flcore.algorithms.fedavg import FedAvg
+from flcore.algorithms.layout import Vector
+from flcore.algorithms.state import Arrivals, Server
+from flcore.errors import InvalidInputError
+
+__all__ = ["FedAU"]
+
+ESTIMATES = ("intervals", "known", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAU(FedAvg):
+    r"""Adaptive weights for unknown participation (Wang, Ji, ICLR 2024, arXiv 2306.03401).
+
+    Local steps are those of FedAvg.  Client n, one of N, has a weight :math:`\omega_n`, the mean of
+    the intervals between the rounds it took part in, each cut at K rounds.  The server takes
+
+    .. math::
+        w^{t+1} = w^t + \frac{\eta_g}{N} \sum_{n \in S_t} \omega_n^t u_n
+
+    and then, for **every** client, with :math:`\omega_n = 1, M_n = S_n = 0` at first,
+
+    .. math::
+        S_n \leftarrow S_n + 1; \quad \text{if } n \in S_t \text{ or } S_n = K: \;
+        \omega_n \leftarrow \frac{M_n \omega_n + S_n}{M_n + 1},\;
+        M_n \leftarrow M_n + 1,\; S_n \leftarrow 0 .
+
+    The divisor is the whole population: a client that comes at rate p then counts, on average,
+    :math:`p \, \omega_n = 1` times.  Rounds without participants leave the model as it is and count
+    in the intervals.
+
+    Parameters
+    ----------
+    cutoff : int or None
+        K; None: none (the authors' configuration has 100,000).  A few times 1 / (smallest rate)
+        limits the variance; ``cutoff=1`` is the plain average over all N.
+    rates : tuple of float or None
+        With ``selection="bernoulli"``: the rate of each client in place of S / m for all, as in
+        experiments on skewed participation.  A round may then have nobody.
+    estimate : {"intervals", "known", "none"}
+        :math:`\omega_n` from the intervals; or 1 / `rates`; or the mean over the participants,
+        which is FedAvg: what the paper compares with.
+
+    Notes
+    -----
+    A client that never came has weight 1 until K rounds have passed, and K from then on; a rare
+    client's update counts up to K / N times: clip where that is too much.
+    """
+
+    name: ClassVar[str] = "fedau"
+    counts_absent: ClassVar[bool] = True
+
+    weighting: str = "uniform"
+    cutoff: int | None = None
+    rates: tuple[float, ...] | None = None
+    estimate: str = "intervals"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cutoff is not None:
+            check_whole("cutoff", self.cutoff)
+        check_choice("estimate", self.estimate, ESTIMATES)
+        if self.estimate == "known" and self.rates is None:
+            raise InvalidInputError('rates: expected the rate of each client for estimate="known"')
+        if self.rates is not None:
+            object.__setattr__(self, "rates", tuple(self.rates))
+            if not all(0 < rate <= 1 for rate in self.rates):
+                raise InvalidInputError(
+                    f"rates: expected numbers above 0 up to 1, got {self.rates}"
+                )
+            if self.selection != "bernoulli":
+                raise InvalidInputError(
+                    f'rates: expected selection="bernoulli", got {self.selection!r}'
+                )
+
+    def server_begin(self, server: Server) -> None:
+        """Start with no interval of anybody."""
+        if self.rates is not None and len(self.rates) != server.population:
+            raise InvalidInputError(
+                f"rates: expected one for each of {server.population} clients, "
+                f"got {len(self.rates)}"
+            )
+        server.state |= ParticipationWeights(server.population, self.cutoff).state_dict()
+
+    def select(self, server: Server, rng: np.random.Generator) -> list[int]:
+        """Draw every client at its own rate, if there are rates; perhaps nobody."""
+        if self.rates is None:
+            return super().select(server, rng)
+        return np.flatnonzero(rng.random(server.population) < np.array(self.rates)).tolist()
+
+    def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
+        """Add ``server_lr / N sum omega_n u_n``, then record who came."""
+        participation = ParticipationWeights(server.population, self.cutoff)
+        participation.load_state_dict({name: server[name] for name in participation.state_dict()})
+        clients = [arrival.client for arrival in arrivals]
+        if clients and self.estimate == "none":
+            super().server_step(server, mean, arrivals)
+        elif clients:
+            omega = participation.weights
+            if self.rates is not None and self.estimate == "known":
+                omega = 1 / np.array(self.rates)
+            total = arrivals.sum([omega[n] / server.population for n in clients])
+            self.move(server, total, self.server_lr)
+        server.state |= participation.update(clients).state_dict()
