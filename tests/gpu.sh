@@ -85,7 +85,7 @@ from flcore import _variants
 info = flcore.build_info()
 print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)
 print("device", torch.cuda.get_device_name(0), "of", torch.cuda.device_count(), info["cuda"])
-missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram", "decode", "sparsify", "quantize", "rowloss", "stablemax", "qmatmul", "qmatmul_dx", "qmatmul_int8", "act_quant")
+missing = {(op, name): why for op in ("combine", "nonfinite", "random", "select", "gram", "decode", "sparsify", "quantize", "rowloss", "stablemax", "qmatmul", "qmatmul_dx", "qmatmul_int8", "act_quant", "local_step")
            for name, why in _variants.available(op, "cuda:0").items() if name not in ("cpu", "reference") and why}
 sys.exit(f"variants that cannot run: {missing}" if missing else 0)
 '

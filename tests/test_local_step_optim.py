@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops import local_step
 from flcore.optim import local_step_, sam_perturb_
+from support import ROOT
 
 
 def network(seed: int = 0) -> torch.nn.Module:
@@ -172,3 +174,13 @@ def test_import_does_not_import_torch():
     code = "import sys, flcore.optim; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert printed.strip() == "False"
+
+
+def test_page_on_local_steps_runs():
+    text, names = (ROOT / "docs" / "local-step.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/local-step.md", "exec"), names)
+    assert all(map(torch.equal, names["h"], names["update"]))  # h began at 0
+    m = names["server"].beta2 * names["update"][0]
+    torch.testing.assert_close(names["new"].m[0], m)
+    assert names["out"].shape == (5, 4810)

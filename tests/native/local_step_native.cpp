@@ -1,5 +1,5 @@
 // Local steps with exactly sized heap buffers at odd offsets: a read or write one byte outside is
-// an error of the address sanitizer. Values are 1, -1 and 2, which are exact in every dtype.
+// an error of the address sanitizer. Values are 0, 1, -1 and 2, which are exact in every dtype.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -26,8 +26,8 @@ struct Buffer {
   }
   uint16_t bits(double value) const {
     const uint16_t sign = value < 0 ? 0x8000 : 0, magnitude = uint16_t(std::fabs(value));
-    const uint16_t one = dtype == F16 ? 0x3c00 : 0x3f80, two = dtype == F16 ? 0x4000 : 0x4000;
-    return uint16_t(sign | (magnitude == 0 ? 0 : magnitude == 1 ? one : two));
+    const uint16_t one = dtype == F16 ? 0x3c00 : 0x3f80;
+    return uint16_t(sign | (magnitude == 0 ? 0 : magnitude == 1 ? one : 0x4000));
   }
   // whether every value is this one
   bool holds(double value) const {
@@ -144,9 +144,10 @@ static void run(int dtype, int shift, bool one_group, int threads) {
 
 int main() {
   for (int dtype = 0; dtype < DTYPE_COUNT; ++dtype)
-    for (int shift : {0, 1, 2})
-      for (const bool one_group : {false, true})
-        for (int threads : {1, 3}) run(dtype, shift, one_group, threads);
+    for (int shift : {0, 1}) {
+      run(dtype, shift, true, 3);
+      run(dtype, shift, false, 1);
+    }
   std::printf("ok %s\n", cpu().name);
   return 0;
 }

@@ -62,7 +62,8 @@ class FedKA(FedAvg):
         FedAvg on the sources; with `adversarial` alone, f-DANN.
     broadcast_finetuned : bool
         Whether clients get the fine-tuned model, or, as in the released code, the mean: the
-        fine-tuned model is then only tested.
+        fine-tuned model is then only tested.  Since Adam does not see how small a' is, early
+        votes, which are mostly wrong, can make a broadcast model collapse onto one class.
     hidden : int
         Hidden units of D.
 
@@ -90,7 +91,7 @@ class FedKA(FedAvg):
     adversarial: bool = True
     align: bool = True
     voting: bool = True
-    broadcast_finetuned: bool = True
+    broadcast_finetuned: bool = False
     hidden: int = 32
 
     def __post_init__(self) -> None:

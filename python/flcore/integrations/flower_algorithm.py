@@ -31,10 +31,11 @@ from flcore import _extras
 from flcore.algorithms import Algorithm
 from flcore.errors import FlcoreError, InvalidInputError
 from flcore.simulation.datasets import Dataset
-from flcore.simulation.engine import Observer, _threads
+from flcore.simulation.engine import _threads
 from flcore.simulation.history import History
 from flcore.simulation.notes import Note, State, read_state, state_note
 from flcore.simulation.remote import ClientEnd, RemoteRounds, setup_text
+from flcore.simulation.rounds import Observer
 from flcore.simulation.settings import Settings
 
 if TYPE_CHECKING:

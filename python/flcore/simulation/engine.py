@@ -1,18 +1,14 @@
-"""The round loop: federated training of one model in one process.
+"""Federated training of one model in one process: `run`.
 
-A round, in order: draw the participants; each loads the global model, trains on its own examples
-and packs its update into bytes; the server unpacks and sums the messages, moves the model, and
-measures it on the test data.
+What happens in a round is in `flcore.simulation.rounds`; here a run is put together, goes through
+its rounds, and is written down so that it can be resumed.
 """
 
 from __future__ import annotations
 
-import math
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,59 +19,34 @@ from flcore._extras import require
 from flcore._native import num_threads
 from flcore.algorithms import (
     Algorithm,
-    Arrival,
-    Arrivals,
     Client,
-    LocalResult,
-    Payload,
     Server,
     create,
 )
-from flcore.algorithms.layout import Parameters
 from flcore.errors import InvalidInputError, NonFiniteError
 from flcore.simulation.base import held_out, make_base
 from flcore.simulation.datasets import Dataset, load_dataset
 from flcore.simulation.dealing import Partition, deal
 from flcore.simulation.errors import CheckpointError, DivergedError
-from flcore.simulation.history import PHASES, History, RoundRecord
-from flcore.simulation.local import Job, LocalTrainer, choose_trainer
+from flcore.simulation.history import History, RoundRecord
+from flcore.simulation.local import LocalTrainer, choose_trainer
 from flcore.simulation.models import build_model
 from flcore.simulation.networks import Network, Networks
 from flcore.simulation.participants import Population, Tools, noisy_labels
 from flcore.simulation.partition import check_partition
+from flcore.simulation.rounds import Observer, Rounds
 from flcore.simulation.runfolder import FORMAT, Checkpoint, RunFolder
 from flcore.simulation.seeds import Purpose, generator
 from flcore.simulation.server import Aggregator
 from flcore.simulation.settings import Settings
 from flcore.simulation.uplink import (
     make_uplink,
-    pack_rest,
-    payload_bytes,
-    unpack_rest,
-    vector_bytes,
 )
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Observer", "Simulation", "run"]
-
-
-class Observer:
-    """Watches a run, and may stop it.  Every method does nothing here: override what you need."""
-
-    def started(self, history: History) -> None:
-        """Note that the run starts, or goes on after the rounds in `history`."""
-
-    def client_done(self, client: int) -> None:
-        """Note that `client` has trained and packed its update."""
-
-    def round_done(self, record: RoundRecord) -> None:
-        """Note that a round is complete."""
-
-    def should_stop(self) -> bool:
-        """Say whether the run should stop after the round just completed."""
-        return False
 
 
 def run(
@@ -143,7 +114,7 @@ def run(
         return simulation.run(output=output, resume=resume, observer=observer or Observer())
 
 
-class Simulation:
+class Simulation(Rounds):
     """All parts of a run, put together; `step` does one round.
 
     Parameters are those of `run`.
@@ -168,7 +139,7 @@ class Simulation:
         if isinstance(model, str):
             rng = generator(settings.seed, Purpose.MODEL)
             model = build_model(model, self.data.example_shape, len(self.data.classes), rng)
-        model = self.algorithm.prepare_model(model)
+        network: torch.nn.Module = self.algorithm.prepare_model(model)
         own = np.empty(0, np.int64)  # the server's examples
         rest = np.arange(len(self.data.y_train))
         if settings.base_bits is not None and named:
@@ -179,11 +150,11 @@ class Simulation:
         self.partition = self._partition(partition, rest)
         self.base = None
         if settings.base_bits is not None:
-            self.base = make_base(model, self.data, settings, self.algorithm, own)
-        self._model = model
+            self.base = make_base(network, self.data, settings, self.algorithm, own)
+        self._model = network
         self._test = [torch.from_numpy(getattr(self.data, name)) for name in ("x_test", "y_test")]
         self.trainer = LocalTrainer(
-            model,
+            network,
             torch.from_numpy(self.data.x_train),
             loss=settings.loss,
             optimizer=settings.optimizer,
@@ -251,155 +222,6 @@ class Simulation:
         self.history.records.append(record)
         self.history.model = self._named_model()
         return record
-
-    def _round(self, round: int, observer: Observer) -> RoundRecord:
-        clock = _Clock()
-        self.server.round = round
-        exchanged = self._exchange() if round == 0 else (0, 0)
-        drawn = self.algorithm.select(
-            self.server, generator(self.settings.seed, Purpose.PARTICIPANTS, round)
-        )
-        clients = self.clients.who_answers(drawn, round)
-        bytes_up, bytes_down = exchanged
-        jobs = []
-        for id in clients:
-            client = self._clients[id] = self.clients.client(id, round)
-            seed = int(client.rng.integers(2**63))
-            payload, up, down = self._downlink(client)
-            bytes_up, bytes_down = bytes_up + up, bytes_down + down
-            jobs.append(self._job(client, payload, seed))
-        with clock("train"):
-            results = self._train(jobs, round, observer)
-        with clock("encode"):
-            payloads = {
-                job.client: self.algorithm.client_end(result, self._clients[job.client])
-                for job, result in zip(jobs, results, strict=True)
-            }
-            self.clients.lie(payloads, round)
-            messages = [self._pack(client, payload, round) for client, payload in payloads.items()]
-        with clock("aggregate"):
-            arrivals = self._receive(clients, messages, round)
-            if len(arrivals):
-                mean = arrivals.mean(self.algorithm.weights(arrivals))
-                self.algorithm.server_step(self.server, mean, arrivals)
-            elif self.algorithm.counts_absent:
-                nothing = np.zeros(self.layout.size(), np.float32)
-                self.algorithm.server_step(self.server, nothing, arrivals)
-        with clock("evaluate"):
-            accuracy, loss = self._evaluate(round)
-        return RoundRecord(
-            round=round + 1,
-            accuracy=accuracy,
-            loss=loss,
-            train_loss=sum(r.loss for r in results) / len(results) if results else math.nan,
-            clients=tuple(clients),
-            bytes_up=bytes_up + sum(len(main) + len(rest) for main, rest in messages),
-            bytes_down=bytes_down,
-            seconds=clock.seconds,
-        )
-
-    def _exchange(self) -> tuple[int, int]:
-        """Let the algorithm exchange what it wants before the first round, and count the bytes."""
-        everyone = [
-            self.clients.client(client, 0, Purpose.EXCHANGE) for client in range(len(self.clients))
-        ]
-        up, down = self.algorithm.one_time_exchange(self.server, everyone) or ((), ())
-        self.networks.know(self.server.model)
-        return sum(map(payload_bytes, up)), sum(map(payload_bytes, down))
-
-    def _downlink(self, client: Client) -> tuple[Payload, int, int]:
-        """Give what a client gets, read from the bytes that were sent, and how many up and down."""
-        payload = self.algorithm.downlink(self.server, client.id)
-        main, rest = vector_bytes(payload["model"]), pack_rest(payload, "model")
-        received = {"model": np.frombuffer(main, "<f4"), **unpack_rest(rest)}
-        request = self.algorithm.request(received, client)
-        if request is None:
-            return received, 0, len(main) + len(rest)
-        asked = pack_rest(request)
-        more = pack_rest(self.algorithm.reply(self.server, unpack_rest(asked)))
-        return received | unpack_rest(more), len(asked), len(main) + len(rest) + len(more)
-
-    def _job(self, client: Client, payload: Payload, seed: int) -> Job:
-        work = self.algorithm.client_begin(payload, client)
-        view = self.clients.slowed(self.algorithm.data_view(client), client.id, client.round)
-        return Job(client.id, work, view, seed)
-
-    def _train(self, jobs: list[Job], round: int, observer: Observer) -> list[LocalResult]:
-        results: list[LocalResult] = []
-        for part, trainer in self._parts(jobs):
-            results += trainer.train(part)
-            for job, result in zip(part, results[-len(part) :], strict=True):
-                if not math.isfinite(result.loss):
-                    raise DivergedError(
-                        f"training diverged: the loss of client {job.client} in round {round + 1} "
-                        "is not finite; lower the local learning rate, or clip gradients",
-                        round=round + 1,
-                        client=job.client,
-                    )
-                observer.client_done(job.client)
-        return results
-
-    def _parts(self, jobs: list[Job]) -> Iterator[tuple[list[Job], Any]]:
-        """Yield the jobs that are trained together, in order, and who trains them."""
-        first = 0
-        while first < len(jobs):
-            network, last = self.networks[jobs[first].client], first + 1
-            if network.rounds is not network.trainer:
-                while last < len(jobs) and self.networks[jobs[last].client] is network:
-                    last += 1
-            yield jobs[first:last], network.rounds
-            first = last
-
-    def _pack(self, client: int, payload: Payload, round: int) -> tuple[bytes, bytes]:
-        rest = pack_rest(payload, "update")
-        if "update" not in payload:
-            return b"", rest
-        return self.uplink.pack(client, payload["update"], round), rest
-
-    def _receive(
-        self, clients: Sequence[int], messages: Sequence[tuple[bytes, bytes]], round: int
-    ) -> Arrivals:
-        arrivals = []
-        for client, (main, rest) in zip(clients, messages, strict=True):
-            payload = unpack_rest(rest)
-            if main:
-                payload["update"] = self.uplink.unpack(client, main, round)
-            arrivals.append(Arrival(client, len(self.partition[client]), payload))
-        return self.aggregator.receive(arrivals, round)
-
-    def _evaluate(self, round: int) -> tuple[float, float]:
-        if self.algorithm.evaluation == "personal":
-            accuracy, loss = self._evaluate_personal(round)
-        else:
-            accuracy, loss = self.trainer.evaluate(self.server.model, *self._test)
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"training diverged: the loss of the global model after round {round + 1} is not "
-                "finite; lower the server learning rate, or the error control's eta",
-                round=round + 1,
-            )
-        return accuracy, loss
-
-    def _evaluate_personal(self, round: int) -> tuple[float, float]:
-        """Mean over the clients of their own models on test data like theirs."""
-        figures = []
-        for client in self.algorithm.tested(len(self.clients)):
-            person = self.clients.client(client, round)
-            model = self.algorithm.own_model(self._downlink(person)[0], person)
-            trainer, examples = self.networks[client].trainer, self._own_test[client]
-            figures.append(trainer.evaluate(model, *(t[examples] for t in self._test)))
-        accuracy, loss = np.mean(figures, axis=0).tolist()
-        return accuracy, loss
-
-    @cached_property
-    def _own_test(self) -> list[Any]:
-        """Test examples of each client: of its domains if the data names any, else its classes."""
-        kind = "y" if self.data.groups_train is None else "groups"
-        train, test = (getattr(self.data, f"{kind}_{part}") for part in ("train", "test"))
-        return [np.flatnonzero(np.isin(test, train[indices])) for indices in self.partition]
-
-    def _named_model(self) -> Parameters:
-        return self.layout.named(self.server.model)
 
     def _partition(
         self, partition: Sequence[np.ndarray] | None, rest: np.ndarray
@@ -492,19 +314,6 @@ class Simulation:
         self.history.records = folder.load_history(checkpoint.round)
         self.history.model = self._named_model()
         return folder
-
-
-class _Clock:
-    """Adds up the time spent in each phase."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
 
 
 @contextmanager

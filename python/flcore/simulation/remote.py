@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from flcore.algorithms import Algorithm, Arrival, Client, Payload, create
 from flcore.algorithms.layout import Vector
 from flcore.errors import InvalidInputError
 from flcore.simulation.datasets import Dataset
-from flcore.simulation.engine import Observer, Simulation
+from flcore.simulation.engine import Simulation
 from flcore.simulation.errors import DivergedError
-from flcore.simulation.history import PHASES, RoundRecord
+from flcore.simulation.history import RoundRecord
 from flcore.simulation.local import Job
 from flcore.simulation.notes import Note, State, parts, read_payload, read_state, state_note
 from flcore.simulation.participants import Population
+from flcore.simulation.rounds import Clock, Observer
 from flcore.simulation.seeds import Purpose, generator
 from flcore.simulation.settings import Settings
 
@@ -113,33 +113,30 @@ class RemoteRounds(Simulation):
         return sizes
 
     def _round(self, round: int, observer: Observer) -> RoundRecord:
-        seconds = dict.fromkeys(PHASES, 0.0)
+        clock = Clock()
         self.server.round = round
         up, down = self._exchange() if round == 0 else (0, 0)
         drawn = self.algorithm.select(
             self.server, generator(self.settings.seed, Purpose.PARTICIPANTS, round)
         )
         clients = self.clients.who_answers(drawn, round)
-        began = time.perf_counter()
-        notes = {client: self._note(client, round) for client in clients}
-        replies = self._post("train", notes) if notes else {}
-        clients = [client for client in clients if client in replies]
-        losses = [self._loss(client, replies[client], round, observer) for client in clients]
-        seconds["train"] = time.perf_counter() - began
-        began = time.perf_counter()
-        arrivals = self.aggregator.receive(
-            [self._arrival(client, replies[client], round) for client in clients], round
-        )
-        if clients:
-            mean = arrivals.mean(self.algorithm.weights(arrivals))
-            self.algorithm.server_step(self.server, mean, arrivals)
-        elif self.algorithm.counts_absent:
-            nothing = np.zeros(self.layout.size(), np.float32)
-            self.algorithm.server_step(self.server, nothing, arrivals)
-        seconds["aggregate"] = time.perf_counter() - began
-        began = time.perf_counter()
-        accuracy, loss = self._evaluate(round)
-        seconds["evaluate"] = time.perf_counter() - began
+        with clock("train"):
+            notes = {client: self._note(client, round) for client in clients}
+            replies = self._post("train", notes) if notes else {}
+            clients = [client for client in clients if client in replies]
+            losses = [self._loss(client, replies[client], round, observer) for client in clients]
+        with clock("aggregate"):
+            arrivals = self.aggregator.receive(
+                [self._arrival(client, replies[client], round) for client in clients], round
+            )
+            if clients:
+                mean = arrivals.mean(self.algorithm.weights(arrivals))
+                self.algorithm.server_step(self.server, mean, arrivals)
+            elif self.algorithm.counts_absent:
+                nothing = np.zeros(self.layout.size(), np.float32)
+                self.algorithm.server_step(self.server, nothing, arrivals)
+        with clock("evaluate"):
+            accuracy, loss = self._evaluate(round)
         return RoundRecord(
             round=round + 1,
             accuracy=accuracy,
@@ -148,7 +145,7 @@ class RemoteRounds(Simulation):
             clients=tuple(clients),
             bytes_up=up + sum(replies[client].nbytes for client in clients),
             bytes_down=down + sum(note.nbytes for note in notes.values()),
-            seconds=seconds,
+            seconds=clock.seconds,
         )
 
     def _note(self, client: int, round: int) -> Note:

@@ -185,7 +185,8 @@ class RunFolder:
         for kind, states in (("client", checkpoint.clients), ("own", checkpoint.own)):
             plain[KEYS[kind]] = {}
             for client, state in states.items():
-                values = plain[KEYS[kind]][str(client)] = {}
+                values: dict[str, Any] = {}
+                plain[KEYS[kind]][str(client)] = values
                 _part(state, f"{kind}/{client}", arrays, values)
         facts = {"format": FORMAT, "round": checkpoint.round, **plain}
         self._save_arrays("checkpoint.safetensors", arrays, {"flcore": json.dumps(facts)})
