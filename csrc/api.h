@@ -1202,7 +1202,7 @@ struct QEmbeddingArgs {
   const void* scales;         // [table rows][groups]
   int value_dtype;            // of scales, or of floating rows: F32, F16, BF16
   const void* zeros;          // as in QWeight, [table rows][groups]
-  const float* table;         // [16] for QW_TABLE; [256] for fp8: what every code stands for
+  const float* table;         // [16], QW_TABLE
   int64_t bags;
   const int64_t* index;       // [entries], checked by the caller
   const int64_t* starts;      // [bags + 1], does not fall

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from flcore.pykernels.sums import F64, INFINITY, find_layer, pointer, store_typed, to_device, widen
 
-from flcore.ops._local_pieces import SLOTS, chosen_groups
+from flcore.ops._local_numbers import chosen_groups
+from flcore.ops._local_pieces import SLOTS
 from flcore.ops.local_step import KINDS
 
 __all__ = ["local_step"]

@@ -1,4 +1,4 @@
-"""FedFree: entropies, projections and layer steps by hand, and clients with networks of their own."""
+"""FedFree: entropies, projections and layer steps by hand; clients with networks of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import math
 import numpy as np
 import pytest
 
-from flcore.algorithms import Arrival, Arrivals, FedAvg, FedFree, Layout, Server
+from flcore.algorithms import (
+    Arrival,
+    Arrivals,
+    Client,
+    FedAvg,
+    FedFree,
+    Layout,
+    LocalResult,
+    LocalWork,
+    Server,
+)
 from flcore.algorithms.fedfree import histogram_entropy, layers, project
 from flcore.errors import InvalidInputError
-from flcore.simulation import Dataset, Observer, Settings, Simulation, load_dataset, run
+from flcore.simulation import (
+    Dataset,
+    Observer,
+    Settings,
+    Simulation,
+    build_model,
+    load_dataset,
+    run,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
@@ -116,7 +134,7 @@ def test_expected_step_goes_to_the_mean_of_the_layers_received():
 
 
 def test_expected_step_is_the_gradient_of_the_loss_on_gaussian_inputs():
-    """E ||Y_i - Y_j||^2 = ||W_i - W_j||^2 + ||b_i - b_j||^2, by many inputs and torch's gradient."""
+    """E ||Y_i - Y_j||^2 = ||W_i - W_j||^2 + ||b_i - b_j||^2: many inputs, and torch's gradient."""
     rng = torch.Generator().manual_seed(0)
     w, b = torch.randn(3, 2, generator=rng), torch.randn(3, generator=rng)
     g = torch.randn(3, 2, generator=rng, requires_grad=True)
@@ -126,7 +144,7 @@ def test_expected_step_is_the_gradient_of_the_loss_on_gaussian_inputs():
     exact = ((w - g) ** 2).sum() + ((b - c) ** 2).sum()
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
     loss.backward()
-    algorithm, made = server(np.zeros(17), alpha=0.1)
+    algorithm = FedFree(alpha=0.1)
     tensors = [g.detach().numpy().copy(), c.detach().numpy().copy()]
     algorithm.teach(tensors, [w.numpy(), b.numpy()], np.random.default_rng(0))
     np.testing.assert_allclose(tensors[0], (g - 0.1 * g.grad).detach(), atol=0.02)
@@ -134,7 +152,7 @@ def test_expected_step_is_the_gradient_of_the_loss_on_gaussian_inputs():
 
 
 def test_probed_step_is_the_gradient_on_these_very_inputs():
-    algorithm, _ = server(np.zeros(17), alpha=0.05, probes=7)
+    algorithm = FedFree(alpha=0.05, probes=7)
     draw = np.random.default_rng(1)
     w, b = torch.from_numpy(draw.standard_normal((3, 2))), torch.from_numpy(draw.standard_normal(3))
     g = torch.from_numpy(draw.standard_normal((3, 2))).requires_grad_()
@@ -149,9 +167,9 @@ def test_probed_step_is_the_gradient_on_these_very_inputs():
 
 def test_enough_probes_lead_to_the_mean_exactly():
     """With at least fan-in + 1 inputs of full rank the minimiser is the mean of the layers."""
-    algorithm, _ = server(np.zeros(17), alpha=0.1, probes=3, server_steps=3000)
+    algorithm = FedFree(alpha=0.1, probes=3, server_steps=3000)
     draw = np.random.default_rng(0)
-    tensors, mean = [draw.standard_normal((3, 2)), draw.standard_normal(3)], []
+    tensors = [draw.standard_normal((3, 2)), draw.standard_normal(3)]
     mean = [draw.standard_normal((3, 2)), draw.standard_normal(3)]
     algorithm.teach(tensors, mean, draw)
     for found, expected in zip(tensors, mean, strict=True):
@@ -240,8 +258,6 @@ def test_a_client_replaces_what_it_was_sent_and_sends_what_changed_most(digits):
 def test_layers_that_change_most_are_sent():
     algorithm = FedFree(critical=1)
     layout = algorithm.layout(Layout(SHAPES))
-    from flcore.algorithms import Client, LocalResult, LocalWork
-
     client = Client(0, 0, 5, layout, 4, 4, {}, np.random.default_rng(0), np.zeros(17))
     for changed, expected in ((range(9), "1"), (range(9, 17), "3")):
         end = np.zeros(17)
@@ -276,8 +292,6 @@ def test_nothing_sent_is_local_training_alone(digits):
     records = [run_.step(), run_.step()]
     assert sum(r.bytes_up + r.bytes_down for r in records) == 0
     client = run_.clients.client(0, 0)
-    from flcore.simulation import build_model
-
     model = build_model("mlp:8", digits.example_shape, 10, np.random.default_rng(0))
     with torch.no_grad():
         first = 0

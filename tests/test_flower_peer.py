@@ -13,8 +13,9 @@ from support import HAS_TORCH
 
 
 def test_the_first_round_and_what_is_before_it_do_not_count():
-    rate = Rate.between("x", 10.0, [15.0, 15.5, 16.0, 17.0], 0.5)
-    assert rate == Rate("x", rounds_per_second=1.5, start_s=5.0, accuracy=0.5)
+    ends = [(15.0, 4.0), (15.5, 4.5), (16.0, 4.6), (17.0, 5.0)]
+    rate = Rate.between("x", 10.0, ends, 0.5)
+    assert rate == Rate("x", rounds_per_second=1.5, start_s=5.0, accuracy=0.5, busy=0.5)
 
 
 def test_one_round_is_too_few():
@@ -37,10 +38,10 @@ def test_without_flower_it_says_what_to_install():
 def test_the_report_is_the_median_of_pairs(monkeypatch, capsys, tmp_path):
     ours, theirs = iter([100.0, 90.0, 400.0]), iter([5.0, 3.0, 4.0])
     monkeypatch.setattr(
-        flower_peer, "flcore_rate", lambda problem: Rate("flcore", next(ours), 0.1, 0.97)
+        flower_peer, "flcore_rate", lambda problem: Rate("flcore", next(ours), 0.1, 0.97, 1.0)
     )
     monkeypatch.setattr(
-        flower_peer, "flower_rate", lambda problem, cpus: Rate("Flower", next(theirs), 9, 0.96)
+        flower_peer, "flower_rate", lambda problem, cpus: Rate("Flower", next(theirs), 9, 0.96, 0.1)
     )
     flower_peer.main(["--rounds", "5", "--json", str(tmp_path / "x.json")])
     out = capsys.readouterr().out

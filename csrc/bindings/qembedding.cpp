@@ -33,7 +33,7 @@ void qembedding(int64_t k, int bits, int kind, int64_t group, uintptr_t codes, i
     FLCORE_CHECK(group >= k || (group >= 16 && group % 16 == 0), "group: got ", group);
     FLCORE_CHECK(scales, "scales: no address");
     FLCORE_CHECK((kind == QW_FLOAT_ZERO) <= (zeros != 0), "zeros: no address");
-    FLCORE_CHECK((kind >= QW_TABLE) <= (table != 0), "table: no address");
+    FLCORE_CHECK((kind == QW_TABLE) <= (table != 0), "table: no address");
   }
   FLCORE_CHECK(codes && index && starts && out, "codes, index, starts, out: no address");
   FLCORE_CHECK(out_stride >= k, "out_stride: expected at least ", k, ", got ", out_stride);

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "cpu/int_dot.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -96,10 +96,9 @@ static int32_t code_block(const void* x, int64_t first, int64_t n, const ActScal
   int64_t i = 0;
   for (; i < whole; i += LANES) {
     vi32 q = to_nearest(load_f32<D>(x, first + i) * s.shift * s.inverse) + s.zero;
-    q = q > 127 ? vi32{} + 127 : q;
-    q = q < -128 ? vi32{} - 128 : q;
+    q = higher(lower(q, vi32{} + 127), vi32{} - 128);
     sums += q;
-    store_bytes(out + i, q);
+    store_i8(out + i, q);
   }
   int32_t sum = 0;
   for (int k = 0; k < LANES; ++k) sum += sums[k];

@@ -23,5 +23,14 @@ static void for_chunks(int64_t count, int threads, const Body& body) {
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 
+// body(thread, first, end): [0, count) as one contiguous range a thread, which may be empty; for
+// work that takes up where the one before left off, or memory that each thread has once.
+template <class Body>
+static void for_ranges(int64_t count, int threads, const Body& body) {
+  for_chunks(threads, threads, [&](int64_t thread) {
+    body(thread, count * thread / threads, count * (thread + 1) / threads);
+  });
+}
+
 }  // namespace FLCORE_ISA
 }  // namespace flcore

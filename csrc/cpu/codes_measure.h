@@ -7,6 +7,7 @@
 
 #include "api.h"
 #include "cpu/codes.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -70,15 +71,6 @@ static double lane_sum(const float* u, int64_t n) {
 }
 
 // Magnitudes are compared as integers, the bits of |x|: then a NaN is the largest of all.
-FLCORE_INLINE int32_t largest_lane(const vi32& keys) {
-  int32_t lanes[LANES];
-  __builtin_memcpy(lanes, &keys, sizeof lanes);
-  for (int apart = LANES / 2; apart; apart /= 2)
-    for (int k = 0; k < apart; ++k)
-      lanes[k] = lanes[k + apart] > lanes[k] ? lanes[k + apart] : lanes[k];
-  return lanes[0];
-}
-
 static float largest_magnitude(const float* u, int64_t n) {
   vi32 a = {}, b = {};
   int64_t i = 0;
@@ -87,7 +79,7 @@ static float largest_magnitude(const float* u, int64_t n) {
     a = x > a ? x : a;
     b = y > b ? y : b;
   }
-  int32_t top = largest_lane(b > a ? b : a);
+  int32_t top = highest(b > a ? b : a);
   for (; i < n; ++i) {
     const int32_t x = load<int32_t>(u + i) & 0x7fffffff;
     top = x > top ? x : top;

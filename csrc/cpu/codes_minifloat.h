@@ -16,6 +16,7 @@
 #include "cpu/codes.h"
 #include "cpu/codes_bits.h"
 #include "cpu/codes_pack.h"
+#include "cpu/int_lanes.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
@@ -87,18 +88,7 @@ template <int FORM>
 FLCORE_INLINE vf32 mini_values(const vi32& code) {
   constexpr MiniFormat F = MINI[FORM];
   if constexpr (FORM == NF4) {
-#if defined(__AVX512F__)
-    return (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), (__m512i)code,
-                                             load<__m512>(NF4_VALUES));
-#elif defined(__AVX2__)
-    const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(NF4_VALUES), (__m256i)code);
-    const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(NF4_VALUES + 8), (__m256i)code);
-    return (vf32)_mm256_blendv_ps(low, high, (__m256)(code << 28));
-#else
-    vf32 x;
-    for (int k = 0; k < LANES; ++k) x[k] = NF4_VALUES[code[k]];
-    return x;
-#endif
+    return look_up(NF4_VALUES, code);
   } else if constexpr (FORM == INT8) {
     const vi32 number = higher((code << 24) >> 24, vi32{} - 127);
     return __builtin_convertvector(number, vf32) * 0x1p-6f;

@@ -24,26 +24,12 @@
 #include "cpu/codes_bits.h"
 #include "cpu/codes_pack.h"
 #include "cpu/hadamard.h"
+#include "cpu/int_lanes.h"
 #include "cpu/vec.h"
 #include "rotation.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
-
-// table[x], entries 0 .. 15
-FLCORE_INLINE vf32 lookup(const float (&table)[16], const vi32& x) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)x, load<__m512>(table));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), (__m256i)x);
-  const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), (__m256i)x);
-  return (vf32)_mm256_blendv_ps(low, high, (__m256)(x << 28));
-#else
-  vf32 y;
-  for (int k = 0; k < LANES; ++k) y[k] = table[x[k]];
-  return y;
-#endif
-}
 
 // ---- encode ------------------------------------------------------------------------------------
 
@@ -130,7 +116,7 @@ static float rotation_codes(float* z, int64_t m, float inverse, uint8_t* codes, 
         vi32 code = {};
 #pragma GCC unroll 8
         for (int k = 0; k + 1 < HALF; ++k) code -= y >= rotation_bound(BITS, k);
-        const vf32 q = lookup(table, code);
+        const vf32 q = look_up(table, code);
         const vi32 negative = x < 0;
         dots.v[part] += q * size;
         norms.v[part] += q * q;
@@ -197,7 +183,7 @@ static void rotation_values(const uint8_t* packed, int64_t m, const float (&tabl
                             uint8_t* codes) {
   unpack_codes<BITS>(packed, m, codes);
   int64_t i = 0;
-  for (; i + LANES <= m; i += LANES) store(y + i, lookup(table, load_u8(codes + i)));
+  for (; i + LANES <= m; i += LANES) store(y + i, look_up(table, codes + i));
   for (; i < m; ++i) y[i] = table[codes[i]];
 }
 

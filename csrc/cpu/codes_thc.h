@@ -47,7 +47,7 @@ static void thc_codes(float* z, int64_t m, const ThcTable& t, float up, const ui
     vi32 code = {};
 #pragma GCC unroll 16
     for (int k = 0; k + 1 < LAST; ++k) code -= p >= t.bound[k];
-    const vf32 low = lookup(t.low, code), high = lookup(t.high, code);
+    const vf32 low = look_up(t.low, code), high = look_up(t.high, code);
     const vi32 more = random_fraction(random, i, vf32{}) * (high - low) < p - low;
     const vf32 value = more ? high : low;
     store(z + i, (value + value) - g);

@@ -37,5 +37,15 @@ FLCORE_INLINE vf32 vfma(vf32 a, vf32 b, vf32 c) {
 #endif
 }
 
+// a b + c for sums that may differ between levels: an exact fma costs tens of instructions where
+// the processor has none.
+FLCORE_INLINE vf32 mac(const vf32& a, const vf32& b, const vf32& c) {
+#if defined(__AVX2__)
+  return vfma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 }  // namespace FLCORE_ISA
 }  // namespace flcore

@@ -367,9 +367,8 @@ static void gram(const GramArgs& a) {
     a.first_chunk[s + 1] = a.first_chunk[s] + (length + chunk - 1) / chunk;
   }
   const int64_t chunks = a.first_chunk[a.segments];
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(chunks, a.threads, [&](int64_t thread, int64_t first, int64_t end) {
     const Workspace w = workspace(a, thread);
-    const int64_t end = chunks * (thread + 1) / a.threads;
     int64_t segment = -1;
     const auto flush = [&] {
       if (segment < 0) return;
@@ -377,7 +376,7 @@ static void gram(const GramArgs& a) {
       for (int64_t k = 0; k < words; ++k)
         if (w.sums[k]) __atomic_fetch_add(to + k, w.sums[k], __ATOMIC_RELAXED);
     };
-    for (int64_t c = chunks * thread / a.threads; c < end; ++c) {
+    for (int64_t c = first; c < end; ++c) {
       const int64_t s = find_layer(a.first_chunk, a.segments, c);
       if (s != segment) {
         flush();

@@ -66,52 +66,5 @@ FLCORE_INLINE vi32 dot4(const vi32& acc, const vi32& w, const vi32& x) {
 #endif
 }
 
-// int32 to float32, rounded to nearest even.
-FLCORE_INLINE vf32 to_float(const vi32& q) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_cvtepi32_ps(__mmask16(0xffff), (__m512i)q);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_cvtepi32_ps((__m256i)q);
-#elif defined(__x86_64__)
-  return (vf32)_mm_cvtepi32_ps((__m128i)q);
-#else
-  return __builtin_convertvector(q, vf32);
-#endif
-}
-
-// float32 to int32, rounded to nearest even; |x| < 2^31.
-FLCORE_INLINE vi32 to_nearest(const vf32& x) {
-#if defined(__AVX512F__)
-  return (vi32)_mm512_maskz_cvtps_epi32(__mmask16(0xffff), (__m512)x);
-#elif defined(__AVX2__)
-  return (vi32)_mm256_cvtps_epi32((__m256)x);
-#elif defined(__x86_64__)
-  return (vi32)_mm_cvtps_epi32((__m128)x);
-#else
-  vi32 q;
-  for (int k = 0; k < LANES; ++k) q[k] = int32_t(__builtin_rintf(x[k]));
-  return q;
-#endif
-}
-
-// LANES int32 as LANES signed bytes; what does not fit is cut to -128 .. 127.
-FLCORE_INLINE void store_bytes(int8_t* out, const vi32& q) {
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm512_maskz_cvtsepi32_epi8(__mmask16(0xffff), (__m512i)q);
-  store(out, bytes);
-#elif defined(__AVX2__)
-  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)q),
-                                       _mm256_extracti128_si256((__m256i)q, 1));
-  const __m128i bytes = _mm_packs_epi16(half, half);
-  __builtin_memcpy(out, &bytes, 8);
-#elif defined(__x86_64__)
-  const __m128i half = _mm_packs_epi32((__m128i)q, (__m128i)q);
-  const __m128i bytes = _mm_packs_epi16(half, half);
-  __builtin_memcpy(out, &bytes, 4);
-#else
-  for (int k = 0; k < LANES; ++k) out[k] = int8_t(q[k] < -128 ? -128 : q[k] > 127 ? 127 : q[k]);
-#endif
-}
-
 }  // namespace FLCORE_ISA
 }  // namespace flcore

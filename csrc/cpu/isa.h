@@ -15,3 +15,4 @@
 #define FLCORE_TABLE(stem) FLCORE_JOIN(stem, FLCORE_ISA)
 #define FLCORE_INLINE static inline __attribute__((always_inline))
 #define FLCORE_MEMBER inline __attribute__((always_inline))
+#define FLCORE_NOINLINE __attribute__((noinline))  // one copy of what many kernels call

@@ -211,9 +211,7 @@ bool norms(const BlockNormArgs& x) {
   const FeedbackArgs& f = x.feedback;
   const int64_t blocks = (f.numel + x.block - 1) / x.block;
   int32_t bad = 0;
-  for_chunks(f.threads, f.threads, [&](int64_t part) {
-    int64_t block = blocks * part / f.threads;
-    const int64_t end = blocks * (part + 1) / f.threads;
+  for_ranges(blocks, f.threads, [&](int64_t part, int64_t block, int64_t end) {
     if (block == end) return;
     int64_t layer = find_layer(f.starts, f.layers, block * x.block);
     const FeedbackBuffers buffers =

@@ -109,10 +109,10 @@ static int sum_packets(const CombineArgs& a, const Wide& wide, const Finish& fin
   const SumPlan plan = plan_sums(a, wide);
   const int64_t total = a.starts[a.layers], blocks = (total + plan.size - 1) / plan.size;
   int flags = 0;
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(blocks, a.threads, [&](int64_t thread, int64_t first, int64_t last) {
     char* sums = static_cast<char*>(a.scratch) + thread * sum_bytes(plan);
     int found = 0;
-    for (int64_t b = blocks * thread / a.threads; b < blocks * (thread + 1) / a.threads; ++b) {
+    for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * plan.size, rest = total - begin;
       found |= sum_block(a, plan, wide, begin, rest < plan.size ? total : begin + plan.size, sums,
                          finish);

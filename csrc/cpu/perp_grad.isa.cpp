@@ -172,9 +172,7 @@ struct Group {
 
   // Every tile of the tensors that need the step, each thread the same ones in every step.
   void run(int step, bool backwards) const {
-    const int64_t tiles = number_tiles();
-    for_chunks(a.threads, a.threads, [&](int64_t thread) {
-      const int64_t begin = tiles * thread / a.threads, end = tiles * (thread + 1) / a.threads;
+    for_ranges(number_tiles(), a.threads, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t n = 0; n < end - begin; ++n) {
         const int64_t t = backwards ? end - 1 - n : begin + n;
         const int64_t l = first + find_layer(a.first_tile + first, last - first, t);

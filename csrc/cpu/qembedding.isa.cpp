@@ -2,7 +2,7 @@
 // or floating. Reads the rows of the entries once (K bits / 8 bytes, their scales and zeros), and
 // writes a bag once: no row of floats is ever stored.
 //
-//   w = (q - Z) S,  fma(q - 2^(b-1), S, zero),  table[q] S,  or the value of a floating row
+//   w = (q - Z) S,  fma(q - 2^(b-1), S, zero),  table[q] S,  fp8(q) S,  or that of a floating row
 //   acc = c_1 w_1;  acc = acc + c_e w_e in the order of the entries;  mean: acc / entries
 // in float32, rounded once to the dtype of the result. The same function with floating rows is the
 // gradient: entries sorted by table row, a bag a row, the gradients of the bags as rows.
@@ -12,6 +12,8 @@
 #include "api.h"
 #include "cpu/chunks.h"
 #include "cpu/fma.h"
+#include "cpu/fp8.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -27,18 +29,6 @@ constexpr int PARTS = UNIT / LANES;
 
 // ---- codes of one unit -------------------------------------------------------------------------
 
-FLCORE_INLINE vi32 bytes_at(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (vi32)_mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), load<__m128i>(p));
-#elif defined(__AVX2__)
-  return (vi32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  vi32 x;
-  for (int k = 0; k < LANES; ++k) x[k] = p[k];
-  return x;
-#endif
-}
-
 // lane i of the result: BITS (i % (32 / BITS)), the place of code i in a word
 template <int BITS>
 FLCORE_INLINE vu32 shifts() {
@@ -51,7 +41,7 @@ FLCORE_INLINE vu32 shifts() {
 template <int BITS>
 FLCORE_INLINE vi32 unit_codes(const uint8_t* low, const uint8_t* high, int part) {
   if constexpr (BITS == 8) {
-    return bytes_at(low + LANES * part);
+    return load_u8(low + LANES * part);
   } else if constexpr (BITS == 4) {  // a byte to 64 bits: its nibbles become the two halves
     const uint8_t* p = low + LANES / 2 * part;
 #if defined(__AVX512F__)
@@ -75,38 +65,6 @@ FLCORE_INLINE vi32 unit_codes(const uint8_t* low, const uint8_t* high, int part)
   }
 }
 
-// table[code], codes below 16
-FLCORE_INLINE vf32 look_up(const float* table, const vi32& code) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), (__m512i)code, load<__m512>(table));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), (__m256i)code);
-  const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), (__m256i)code);
-  return (vf32)_mm256_blendv_ps(low, high, (__m256)(code << 28));
-#else
-  vf32 x;
-  for (int k = 0; k < LANES; ++k) x[k] = load<float>(table + code[k]);
-  return x;
-#endif
-}
-
-// table[code], 256 of them
-FLCORE_INLINE vf32 look_up_wide(const float* table, const vi32& code) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_mask_i32gather_ps(__m512{}, __mmask16(0xffff), (__m512i)code, table, 4);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_i32gather_ps(table, (__m256i)code, 4);
-#else
-  vf32 x;
-  for (int k = 0; k < LANES; ++k) x[k] = load<float>(table + code[k]);
-  return x;
-#endif
-}
-
-FLCORE_INLINE float value(const void* p, int64_t i, int dtype) {
-  return dtype == F32 ? load1<F32>(p, i) : dtype == F16 ? load1<F16>(p, i) : load1<BF16>(p, i);
-}
-
 // ---- one row into the sum of a bag --------------------------------------------------------------
 
 template <bool FIRST>
@@ -128,7 +86,7 @@ FLCORE_INLINE vf32 values_of(const vi32& q, float scale, float zero, const float
   else if constexpr (KIND == QW_TABLE)
     return look_up(table, q) * scale;
   else
-    return look_up_wide(table, q) * scale;
+    return fp8_values(q, fp8_of(KIND)) * scale;
 }
 
 // Units of 16 columns with one scale; acc has whole units. Where 16 floats fit in a register, up to
@@ -170,10 +128,10 @@ static void add_row(const QEmbeddingArgs& a, int64_t groups, int64_t row, float 
     const int64_t left = (g + 1) * a.group - k;
     const int64_t n = left < end - k ? left : end - k, units = n / UNIT;
     const int64_t at = row * groups + g;
-    const float scale = value(a.scales, at, a.value_dtype);
+    const float scale = load1(a.value_dtype, a.scales, at);
     const float zero = !a.zeros           ? (KIND == QW_INT ? half : 0.0f)
                        : KIND == QW_INT   ? float(static_cast<const uint8_t*>(a.zeros)[at])
-                                          : value(a.zeros, at, a.value_dtype);
+                                          : load1(a.value_dtype, a.zeros, at);
     const uint8_t *low = codes + k * LOW / 8, *high = tops + k / 8;
     add_units<BITS, KIND, FIRST>(low, high, units, scale, zero, a.table, c, acc + (k - begin));
     if (const int64_t rest = n - units * UNIT) {  // only at the end of a row
@@ -209,7 +167,8 @@ static AddFn add_fn(const QEmbeddingArgs& a) {
            : a.value_dtype == F16 ? &add_values<F16, FIRST>
                                   : &add_values<BF16, FIRST>;
   if (a.kind == QW_TABLE) return &add_row<4, QW_TABLE, FIRST>;
-  if (a.kind != QW_INT && a.kind != QW_FLOAT_ZERO) return &add_row<8, QW_E4M3, FIRST>;
+  if (a.kind == QW_E4M3) return &add_row<8, QW_E4M3, FIRST>;
+  if (a.kind == QW_E5M2) return &add_row<8, QW_E5M2, FIRST>;
 #define FLCORE_ADD_ROW(bits) \
   a.kind == QW_INT ? &add_row<bits, QW_INT, FIRST> : &add_row<bits, QW_FLOAT_ZERO, FIRST>
   if (a.bits == 2) return FLCORE_ADD_ROW(2);

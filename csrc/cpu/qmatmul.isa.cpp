@@ -102,9 +102,8 @@ int64_t scratch(const QMatmulArgs& a) { return parts_of(a, route_of(a)).all; }
 // Blocks first .. of count, in one contiguous part a thread: body(block, scratch of the thread).
 template <class Body>
 void share(int64_t count, int threads, char* memory, int64_t each, const Body& body) {
-  for_chunks(threads, threads, [&](int64_t t) {
-    for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i)
-      body(i, memory + t * each);
+  for_ranges(count, threads, [&](int64_t t, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) body(i, memory + t * each);
   });
 }
 

@@ -20,6 +20,7 @@ namespace FLCORE_ISA {
 namespace {
 
 constexpr int PAIRS = HALF / 2;
+static_assert(SEGMENT * PAIRS * PANEL_COLUMNS <= PANEL_FLOATS, "a segment does not fit in a panel");
 constexpr __mmask32 ALL_WORDS = 0xffffffffu;
 
 // k of the first of the pair p of a half; the second is two further.
@@ -35,7 +36,7 @@ struct PairLevels {
   bool e5m2;
 };
 
-__attribute__((noinline)) PairLevels pair_levels(const QWeight& w, const Levels& levels) {
+FLCORE_NOINLINE PairLevels pair_levels(const QWeight& w, const Levels& levels) {
   alignas(64) uint16_t t[32];
   for (int i = 0; i < 32; ++i) {
     const uint32_t u = bits_of(levels.of[i]);
@@ -128,7 +129,7 @@ static void pack_pairs(const QMatmulArgs& a, const Cut& c, int64_t first, int64_
 template <int CODE, int R>
 static void direct_pairs(const Direct& d, int64_t b, float* up) {
   const QMatmulArgs& a = *d.a;
-  const uint8_t* codes = block_codes(a.w, d.cut, b);
+  const uint8_t* codes = block_codes(a.w, b);
   const uint32_t* x = static_cast<const uint32_t*>(d.x);
   const PairLevels levels = pair_levels(a.w, *d.levels);
   const bool float_zero = a.w.kind == QW_FLOAT_ZERO;
@@ -162,7 +163,7 @@ static void direct_pairs(const Direct& d, int64_t b, float* up) {
       add_group(group, d.sums, float_zero, d.sums ? d.sums[s * R + r] : 0.0f, rows, &total[r]);
     });
   });
-  if (a.rank) turn_up(a, b * ROWS, up);
+  if (a.rank) turn_up(a, b * ROWS, ROWS, up);
   for (int r = 0; r < R && r < a.m; ++r) finish_rows(a, r, b * ROWS, total[r], up);
 }
 
@@ -273,7 +274,7 @@ static void panel_pairs(const Batch& q, int64_t b, char* scratch) {
       store(scale + i * ROWS, group.scale.v[0]);
       store(offset + i * ROWS, group.offset.v[0]);
       store(zero + i * ROWS, group.zero.v[0]);
-      const uint8_t* codes = block_codes(w, q.cut, real ? b + i : b);
+      const uint8_t* codes = block_codes(w, real ? b + i : b);
       for (int64_t at = h; at < end; ++at) {
         char* to = column + (at - h) * PAIRS * 64 * PANEL_VECTORS;
         prefetch(half_codes(codes, code_bits(CODE), at), 32 * code_bits(CODE));

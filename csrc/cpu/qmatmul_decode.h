@@ -7,6 +7,8 @@
 
 #include "api.h"
 #include "cpu/fma.h"
+#include "cpu/fp8.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -26,8 +28,7 @@ struct Rows {  // a number for each row of a block
   vf32 v[PARTS];
 };
 
-// FP8 is looked up in 256 levels; TABLE4 stands for INT4 where 16 levels need more than one
-// instruction.
+// TABLE4 stands for INT4 where 16 levels need more than one instruction.
 enum Code : int { INT2, INT3, INT4, INT8, FP8, TABLE4, CODE_COUNT };
 
 constexpr int code_bits(int code) {
@@ -44,8 +45,10 @@ constexpr int code_base(int code) {
 #endif
 }
 
+// What codes stand for: those of 2 to 4 bits, which repeat, or the first of FP8.
 struct Levels {
-  alignas(64) float of[256];  // what a code of 4 or 8 bits stands for; 2 and 3 bits repeat
+  alignas(64) float of[32];
+  Fp8 fp8;
 };
 
 constexpr int position(int code, int j) {  // k of the j-th number of a half
@@ -58,48 +61,26 @@ FLCORE_INLINE const uint8_t* half_codes(const uint8_t* block, int bits, int64_t 
   return bits == 3 ? block + (h >> 1) * 192 + (h & 1) * 64 : block + h * (32 * bits);
 }
 
-FLCORE_INLINE vf32 mac(const vf32& a, const vf32& b, const vf32& c) {
-#if defined(__AVX2__)
-  return vfma(a, b, c);
-#else
-  return a * b + c;  // an exact fma costs tens of instructions here, and levels may differ
-#endif
-}
-
 // a * b + c with one rounding at every level, for weights with a floating zero.
 #if defined(__AVX2__)
 FLCORE_INLINE vf32 fused(const vf32& a, const vf32& b, const vf32& c) { return vfma(a, b, c); }
 #else
-__attribute__((noinline)) vf32 fused(const vf32& a, const vf32& b, const vf32& c) {
+FLCORE_NOINLINE vf32 fused(const vf32& a, const vf32& b, const vf32& c) {
   return vfma(a, b, c);
 }
 #endif
 
-FLCORE_INLINE float fp8_level(bool e5m2, int q) {
-  if (e5m2) return f16_to_f32(uint16_t(q << 8));
-  return f16_to_f32(uint16_t(((q & 0x80) << 8) | ((q & 0x7f) << 7))) * 256.0f;
-}
-
 void make_levels(const QWeight& w, Levels* levels) {
-  for (int q = 0; q < 256; ++q) {
-    float x = float((q & ((1 << w.bits) - 1)) - (1 << (w.bits - 1)));
-    if (w.kind == QW_TABLE) x = w.table[q & 15];
-    if (w.kind == QW_E4M3 || w.kind == QW_E5M2) x = fp8_level(w.kind == QW_E5M2, q);
-    levels->of[q] = x;
+  levels->fp8 = fp8_of(w.kind);
+  vi32 q;
+  for (int k = 0; k < LANES; ++k) q[k] = k;
+  for (int i = 0; i < 32; i += LANES, q += LANES) {
+    const int codes = 1 << w.bits;
+    vf32 x = to_float((q & (codes - 1)) - codes / 2);
+    if (w.kind == QW_TABLE) x = look_up(w.table, q);
+    if (w.kind == QW_E4M3 || w.kind == QW_E5M2) x = fp8_values(q, levels->fp8);
+    store(levels->of + i, x);
   }
-}
-
-FLCORE_INLINE vf32 look_up(const float* levels, const vu32& index) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), ALL, (__m512i)index,
-                                        levels, 4);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_i32gather_ps(levels, (__m256i)index, 4);
-#else
-  vf32 y;
-  for (int i = 0; i < LANES; ++i) y[i] = levels[index[i]];
-  return y;
-#endif
 }
 
 #if defined(__AVX512F__)
@@ -157,9 +138,8 @@ FLCORE_INLINE void decode_half(const uint8_t* block, int64_t h, const Levels& le
       x = _mm512_maskz_cvtepi32_ps(ALL, q);
     } else {
       const __m512i w = words[j / 4];
-      const __m512i q = _mm512_and_si512(
-          _mm512_maskz_srli_epi32(ALL, w, 8 * (j % 4)), _mm512_set1_epi32(0xff));
-      x = (__m512)look_up(levels.of, (vu32)q);
+      const __m512i q = _mm512_maskz_srli_epi32(ALL, w, 8 * (j % 4));
+      x = (__m512)fp8_values((vi32)q, levels.fp8);
     }
     Rows rows;
     rows.v[0] = (vf32)x;
@@ -186,15 +166,9 @@ FLCORE_INLINE void decode_half(const uint8_t* block, int64_t h, const Levels& le
         q = (word(64 * (j / 4)) >> (8 * (j % 4))) & 255u;
       }
       if constexpr (CODE == TABLE4) {
-#if defined(__AVX2__)
-        const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(levels.of), (__m256i)q);
-        const __m256 up = _mm256_permutevar8x32_ps(_mm256_load_ps(levels.of + 8), (__m256i)q);
-        rows.v[p] = (vf32)_mm256_blendv_ps(low, up, (__m256)(q << 28));
-#else
-        rows.v[p] = look_up(levels.of, q);
-#endif
+        rows.v[p] = look_up(levels.of, (vi32)q);
       } else if constexpr (CODE == FP8) {
-        rows.v[p] = look_up(levels.of, q);
+        rows.v[p] = fp8_values((vi32)q, levels.fp8);
       } else {
         rows.v[p] = __builtin_convertvector((vi32)q, vf32);
       }
@@ -214,20 +188,9 @@ FLCORE_INLINE Rows load_rows(const void* p, int64_t i) {
 }
 
 FLCORE_INLINE Rows load_rows(const void* p, int dtype, int64_t i) {
-  if (dtype == F32) return load_rows<F32>(p, i);
-  return dtype == F16 ? load_rows<F16>(p, i) : load_rows<BF16>(p, i);
-}
-
-FLCORE_INLINE vf32 load_bytes(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_cvtepi32_ps(ALL, _mm512_maskz_cvtepu8_epi32(ALL, load<__m128i>(p)));
-#elif defined(__AVX2__)
-  return (vf32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  vf32 v;
-  for (int l = 0; l < LANES; ++l) v[l] = float(p[l]);
-  return v;
-#endif
+  Rows r;
+  for (int c = 0; c < PARTS; ++c) r.v[c] = load_f32(dtype, p, i + c * LANES);
+  return r;
 }
 
 FLCORE_INLINE Rows same(float x) {
@@ -242,7 +205,7 @@ struct GroupRows {
   Rows scale, offset, zero;
 };
 
-__attribute__((noinline)) GroupRows group_rows(const QWeight& w, int base, int64_t group) {
+FLCORE_NOINLINE GroupRows group_rows(const QWeight& w, int base, int64_t group) {
   GroupRows g;
   const int64_t i = group * ROWS;
   g.scale = load_rows(w.scales, w.scale_dtype, i);
@@ -252,7 +215,7 @@ __attribute__((noinline)) GroupRows group_rows(const QWeight& w, int base, int64
   if (w.kind == QW_FLOAT_ZERO) g.zero = load_rows(w.zeros, w.scale_dtype, i);
   if (w.kind == QW_INT && w.zeros) {
     const uint8_t* z = static_cast<const uint8_t*>(w.zeros) + i;
-    for (int c = 0; c < PARTS; ++c) g.offset.v[c] = load_bytes(z + c * LANES) - float(base);
+    for (int c = 0; c < PARTS; ++c) g.offset.v[c] = to_float(load_u8(z + c * LANES)) - float(base);
   }
   return g;
 }

@@ -49,7 +49,7 @@ struct Direct {
 template <int CODE, int R>
 static void direct_block(const Direct& d, int64_t b, float* up) {
   const QMatmulArgs& a = *d.a;
-  const uint8_t* codes = block_codes(a.w, d.cut, b);
+  const uint8_t* codes = block_codes(a.w, b);
   const float* x = static_cast<const float*>(d.x);
   const bool float_zero = a.w.kind == QW_FLOAT_ZERO;
   constexpr int CHAINS = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums that do not wait for each other
@@ -84,7 +84,7 @@ static void direct_block(const Direct& d, int64_t b, float* up) {
       add_group(group, d.sums, float_zero, d.sums ? d.sums[s * R + r] : 0.0f, sum[r][0], &total[r]);
     });
   });
-  if (a.rank) turn_up(a, b * ROWS, up);
+  if (a.rank) turn_up(a, b * ROWS, ROWS, up);
   for (int r = 0; r < R && r < a.m; ++r) finish_rows(a, r, b * ROWS, total[r], up);
 }
 

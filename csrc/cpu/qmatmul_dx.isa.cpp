@@ -19,7 +19,6 @@
 #include "cpu/qmatmul_dx_digits.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
-#include "cpu/wide.h"
 
 namespace flcore {
 namespace FLCORE_ISA {
@@ -79,8 +78,8 @@ static void add_tile(const float* dy, const float* panel, int64_t depth, float* 
       unroll<ROWS>([&](auto i) FLCORE_LAMBDA {
         constexpr int I = decltype(i)::value;
         const vf32 x = splat(dy[n * ROWS + I]);
-        acc[I][0] = multiply_add(x, w0, acc[I][0]);
-        acc[I][1] = multiply_add(x, w1, acc[I][1]);
+        acc[I][0] = mac(x, w0, acc[I][0]);
+        acc[I][1] = mac(x, w1, acc[I][1]);
       });
     }
     unroll<ROWS * VECTORS>([&](auto j) FLCORE_LAMBDA {
@@ -161,12 +160,7 @@ static void add_panel(const float* dy, const Tiles& tiles, const float* panel, i
 template <int D>
 static void store_row(void* y, int64_t at, const float* from, int64_t count) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    if constexpr (D == F32)
-      store_lanes<F32>(y, at + i, load<vf32>(from + i));
-    else
-      store_half<D>(static_cast<char*>(y) + 2 * (at + i), load<vf32>(from + i));
-  }
+  for (; i + LANES <= count; i += LANES) store_lanes<D>(y, at + i, load<vf32>(from + i));
   for (; i < count; ++i) store1<D>(y, at + i, from[i]);
 }
 
@@ -288,9 +282,8 @@ static void run(const QMatmulArgs& a) {
       pack_rows(F32, a.low + m0 * a.rank + n, a.rank, order,
                 a.rank - n < DEPTH ? a.rank - n : DEPTH, all,
                 reinterpret_cast<float*>(memory + p.low) + n * all.rows);
-    for_chunks(a.threads, a.threads, [&](int64_t t) {
-      for (int64_t s = p.slices * t / a.threads; s < p.slices * (t + 1) / a.threads; ++s)
-        slice(a, p, batch, s, memory + p.own + t * p.each);
+    for_ranges(p.slices, a.threads, [&](int64_t t, int64_t first, int64_t end) {
+      for (int64_t s = first; s < end; ++s) slice(a, p, batch, s, memory + p.own + t * p.each);
     });
   }
 }

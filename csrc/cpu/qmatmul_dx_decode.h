@@ -6,7 +6,11 @@
 #include <cstdint>
 
 #include "api.h"
+#include "cpu/fma.h"
+#include "cpu/fp8.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
+#include "cpu/qweight.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 
@@ -24,11 +28,6 @@ FLCORE_INLINE int turned_at(int half, int row) {
   return half * (HALF * BLOCK_ROWS) + row % 4 * 64 + row / 4 * HALF;
 }
 
-FLCORE_INLINE int64_t group_count(const QWeight& w) { return (w.k + w.group - 1) / w.group; }
-FLCORE_INLINE int64_t chunk_count(const QWeight& w) {
-  return (w.k + CHUNK_COLUMNS - 1) / CHUNK_COLUMNS;
-}
-
 // ---- scales -------------------------------------------------------------------------------------
 
 // What belongs to the two halves of a chunk: one group, or two where its length is an odd multiple
@@ -40,17 +39,14 @@ struct ChunkScales {
 };
 
 FLCORE_INLINE void load_16(const void* p, int dtype, int64_t at, float* to) {
-  for (int i = 0; i < BLOCK_ROWS; i += LANES)
-    store(to + i, dtype == F32   ? load_f32<F32>(p, at + i)
-                  : dtype == F16 ? load_f32<F16>(p, at + i)
-                                 : load_f32<BF16>(p, at + i));
+  for (int i = 0; i < BLOCK_ROWS; i += LANES) store(to + i, load_f32(dtype, p, at + i));
 }
 
 // The codes of a chunk. Blocks lie pages apart, where no processor sees what comes next: what is
 // needed AHEAD blocks later is asked for. (Addresses behind the end do no harm.)
 FLCORE_INLINE const uint8_t* chunk_codes(const QWeight& w, int64_t block, int64_t chunk) {
-  const int64_t bytes = 64 * w.bits, row = chunk_count(w) * bytes;
-  const uint8_t* at = w.codes + block * row + chunk * bytes;
+  const int64_t bytes = 64 * w.bits, row = block_bytes(w);
+  const uint8_t* at = block_codes(w, block) + chunk * bytes;
   for (int64_t i = 0; i < bytes; i += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + uintptr_t(AHEAD * row + i)));
   return at;
@@ -153,88 +149,16 @@ FLCORE_INLINE vf32 splat(float x) {
 #endif
 }
 
-// a b + c, fused where the processor can
-FLCORE_INLINE vf32 multiply_add(const vf32& a, const vf32& b, const vf32& c) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (vf32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-FLCORE_INLINE vf32 signed_bytes(const uint8_t* at) {
-#if defined(__SSE4_1__) && !defined(__AVX2__)
-  int32_t four;
-  __builtin_memcpy(&four, at, 4);
-  return (vf32)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
-#else
-  return load_f32<I8>(at, 0);
-#endif
-}
-
-// table[code] of LANES codes below 16
-FLCORE_INLINE vf32 levels(const uint8_t* at, const float* table) {
-#if defined(__AVX512F__)
-  const __m512i code = _mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), load<__m128i>(at));
-  return (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), code, load<__m512>(table));
-#elif defined(__AVX2__)
-  const __m256i code =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-  const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), code);
-  const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), code);
-  return (vf32)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-#else
-  vf32 v;
-  for (int i = 0; i < LANES; ++i) v[i] = table[at[i]];
-  return v;
-#endif
-}
-
-// Finite numbers of 8 bits: moved to their place in a float16, whose exponents reach 2^8 times as
-// far down as those of e4m3.
-template <int KIND>
-FLCORE_INLINE vf32 minifloats(const uint8_t* at) {
-  const float unit = KIND == QW_E4M3 ? 256.0f : 1.0f;
-#if defined(__AVX512F__)
-  const __m256i q = _mm256_cvtepu8_epi16(load<__m128i>(at));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(q, _mm256_set1_epi16(0x80)), 8);
-  const __m256i body = _mm256_slli_epi16(_mm256_and_si256(q, _mm256_set1_epi16(0x7f)), 7);
-  const __m256i h = KIND == QW_E4M3 ? _mm256_or_si256(sign, body) : _mm256_slli_epi16(q, 8);
-  return (vf32)_mm512_maskz_cvtph_ps(__mmask16(0xffff), h) * unit;
-#elif defined(__AVX2__)
-  const __m128i q = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(q, _mm_set1_epi16(0x80)), 8);
-  const __m128i body = _mm_slli_epi16(_mm_and_si128(q, _mm_set1_epi16(0x7f)), 7);
-  const __m128i h = KIND == QW_E4M3 ? _mm_or_si128(sign, body) : _mm_slli_epi16(q, 8);
-  return (vf32)_mm256_cvtph_ps(h) * unit;
-#else
-  vf32 v;
-  for (int i = 0; i < LANES; ++i) {
-    const int q = at[i];
-    const int h = KIND == QW_E4M3 ? (q & 0x80) << 8 | (q & 0x7f) << 7 : q << 8;
-    v[i] = f16_to_f32(uint16_t(h)) * unit;
-  }
-  return v;
-#endif
-}
-
 // LANES weights of a row, each rounded to float32 once (INT: the product is the one rounding)
 template <int KIND, bool SHIFTED>
 FLCORE_INLINE vf32 weights(const uint8_t* at, const float* table, const vf32& scale,
                            const vf32& zero) {
-  if constexpr (KIND == QW_TABLE) return levels(at, table) * scale;
-  if constexpr (KIND == QW_E4M3 || KIND == QW_E5M2) return minifloats<KIND>(at) * scale;
-  if constexpr (KIND == QW_FLOAT_ZERO) {
-#if defined(__AVX2__)
-    return multiply_add(signed_bytes(at), scale, zero);
-#else
-    return vfma(signed_bytes(at), scale, zero);
-#endif
-  }
-  if constexpr (SHIFTED) return (signed_bytes(at) - zero) * scale;
-  return signed_bytes(at) * scale;
+  if constexpr (KIND == QW_TABLE) return look_up(table, at) * scale;
+  if constexpr (KIND == QW_E4M3 || KIND == QW_E5M2)
+    return fp8_values(load_u8(at), fp8_of(KIND)) * scale;
+  const vf32 q = load_f32<I8>(at, 0);
+  if constexpr (KIND == QW_FLOAT_ZERO) return vfma(q, scale, zero);
+  return (SHIFTED ? q - zero : q) * scale;
 }
 
 // The 16 rows of a turned chunk as float32: panel[row * 32 + column]

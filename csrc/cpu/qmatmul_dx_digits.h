@@ -141,7 +141,7 @@ static void split_row(const float* values, const float* scale, int subs, uint8_t
     vu32 v[4];
     for (int b = 0; b < 4; ++b) {
       const int at = s * SUB + b * LANES;
-      v[b] = (vu32)multiply_add(load<vf32>(values + at), load<vf32>(scale + at), magic);
+      v[b] = (vu32)mac(load<vf32>(values + at), load<vf32>(scale + at), magic);
     }
     const vu32 first = (v[0] & 0xffffu) | (v[1] << 16), second = (v[2] & 0xffffu) | (v[3] << 16);
     const vu32 p = (vu32)_mm512_shuffle_epi8((__m512i)first, order);
@@ -186,7 +186,7 @@ static float inner_product(const float* x, const float* y) {
   vf32 sum[2] = {};
   for (int i = 0; i < PIECE; i += 2 * LANES)
     for (int v = 0; v < 2; ++v)
-      sum[v] = multiply_add(load<vf32>(x + i + v * LANES), load<vf32>(y + i + v * LANES), sum[v]);
+      sum[v] = mac(load<vf32>(x + i + v * LANES), load<vf32>(y + i + v * LANES), sum[v]);
   sum[0] += sum[1];
   float lane[LANES];
   store(lane, sum[0]);
@@ -296,7 +296,7 @@ static void add_digits(const uint8_t* digits, const uint8_t* codes, const int32_
     const vi32 sum = (high[I][V] << 8) + low[I][V];  // at most 2^15 128 256 = 2^30
     float* at = sums + I * stride + V * HALF;
     const vf32 scaled = (vf32)_mm512_maskz_cvtepi32_ps(0xffff, (__m512i)sum) * scale;
-    store(at, multiply_add(scaled, splat(unit[I]), load<vf32>(at) + splat(shift[I])));
+    store(at, mac(scaled, splat(unit[I]), load<vf32>(at) + splat(shift[I])));
   });
 }
 
@@ -312,7 +312,7 @@ static void add_piece(const QWeight& w, const Levels& levels, const float* value
                       const PieceRow* head, int64_t rows, int64_t block, int64_t chunk,
                       int64_t chunks, uint8_t* codes, int32_t* start, float* sums,
                       int64_t stride) {
-  const int64_t all = (w.n + BLOCK_ROWS - 1) / BLOCK_ROWS - block;
+  const int64_t all = block_count(w) - block;
   const int64_t blocks = all < PIECE / BLOCK_ROWS ? all : PIECE / BLOCK_ROWS;
   const int subs = int((blocks + 3) / 4);
   decode_piece(w, levels, block, blocks, chunk, chunks, codes, start);

@@ -16,6 +16,7 @@
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "cpu/qmatmul_int8_tile.h"
+#include "cpu/qweight.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
 
@@ -141,13 +142,6 @@ static void quantise(const QMatmulArgs& a, int64_t first_row, const Rows& to,
 
 // ---- results ------------------------------------------------------------------------------------
 
-// up [n, rank] of the panel as [rank][PANEL_ROWS]
-static void turn_up(const QMatmulArgs& a, int64_t n0, int64_t count, float* out) {
-  for (int64_t q = 0; q < a.rank; ++q)
-    for (int64_t c = 0; c < PANEL_ROWS; ++c)
-      out[q * PANEL_ROWS + c] = c < count ? a.up[(n0 + c) * a.rank + q] : 0.0f;
-}
-
 template <int D>
 static void deliver(const QMatmulArgs& a, int64_t row, int64_t n0, int64_t count, const float* up,
                     float* y) {
@@ -173,9 +167,7 @@ static TileFn choose(int bits, bool decoded, int64_t rows) {
 // Panels first .. last - 1 of W against all tiles.
 static void panels(const QMatmulArgs& a, int64_t first_row, const Rows& x, const Blocks& blocks,
                    int64_t first, int64_t last, char* scratch) {
-  const int64_t units = x.units, count = (a.w.n + 15) / 16;
-  const int64_t code_bytes = (a.w.k + 31) / 32 * 64 * a.w.bits;
-  const int64_t groups = (a.w.k + blocks.group - 1) / blocks.group;
+  const int64_t units = x.units, count = block_count(a.w), groups = group_count(a.w);
   const int64_t scale_bytes = groups * 16 * dtype_bytes(a.w.scale_dtype);
   const int64_t zero_bytes = a.w.kind == QW_INT ? groups * 16 : scale_bytes;
   const bool decoded = decodes(a, x.rows);
@@ -192,7 +184,7 @@ static void panels(const QMatmulArgs& a, int64_t first_row, const Rows& x, const
     panel.spans = static_cast<const Span*>(a.scratch);
     for (int b = 0; b < PANEL_BLOCKS; ++b) {
       const int64_t at = p * PANEL_BLOCKS + b < count ? p * PANEL_BLOCKS + b : count - 1;
-      panel.codes[b] = a.w.codes + at * code_bytes;
+      panel.codes[b] = block_codes(a.w, at);
       panel.scales[b] = static_cast<const char*>(a.w.scales) + at * scale_bytes;
       panel.zeros[b] = a.w.zeros ? static_cast<const char*>(a.w.zeros) + at * zero_bytes : nullptr;
       panel.sums[b] = a.asymmetric ? a.code_sums + at * blocks.count * 16 : nullptr;
@@ -203,7 +195,7 @@ static void panels(const QMatmulArgs& a, int64_t first_row, const Rows& x, const
     }
     const int64_t n0 = p * PANEL_ROWS;
     const int64_t wide = a.w.n - n0 < PANEL_ROWS ? a.w.n - n0 : PANEL_ROWS;
-    if (a.rank) turn_up(a, n0, wide, up);
+    if (a.rank) turn_up(a, n0, PANEL_ROWS, up);
     for (int64_t t = 0; t < x.tiles; ++t) {
       const int64_t row = x.first(t), rows = x.first(t + 1) - row;
       choose(a.w.bits, decoded, rows)(panel, x.at(t), y);
@@ -229,9 +221,8 @@ static void run(const QMatmulArgs& a) {
   for (int64_t first = 0; first < a.m; first += CHUNK_ROWS) {
     const Rows x = rows_of(a, a.m - first < CHUNK_ROWS ? a.m - first : CHUNK_ROWS, blocks);
     quantise(a, first, x, blocks);
-    for_chunks(a.threads, a.threads, [&](int64_t t) {
-      panels(a, first, x, blocks, count * t / a.threads, count * (t + 1) / a.threads,
-             scratch + t * each);
+    for_ranges(count, a.threads, [&](int64_t t, int64_t begin, int64_t end) {
+      panels(a, first, x, blocks, begin, end, scratch + t * each);
     });
   }
 }
@@ -244,7 +235,7 @@ static int64_t sum_blocks(const QWeight& w, int64_t act_block) {
 
 template <int BITS>
 static void sum_codes(const QWeight& w, const Blocks& blocks, int64_t at, int32_t* out) {
-  const uint8_t* codes = w.codes + at * ((w.k + 31) / 32 * 64 * BITS);
+  const uint8_t* codes = block_codes(w, at);
   for (int64_t b = 0; b < blocks.count; ++b) {
     const int64_t stop = blocks.last(b);
     vi32 acc[PARTS] = {};
@@ -263,7 +254,7 @@ static void sum_codes(const QWeight& w, const Blocks& blocks, int64_t at, int32_
 // out [blocks of 16 rows][blocks of k][16]
 static void code_sums(const QWeight& w, int64_t act_block, int32_t* out, int threads) {
   const Blocks blocks = blocks_of(w, act_block);
-  for_chunks((w.n + 15) / 16, threads, [&](int64_t at) {
+  for_chunks(block_count(w), threads, [&](int64_t at) {
     int32_t* to = out + at * blocks.count * 16;
     if (w.bits == 8)
       sum_codes<8>(w, blocks, at, to);

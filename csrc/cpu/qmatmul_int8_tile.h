@@ -9,6 +9,7 @@
 #include "api.h"
 #include "cpu/fma.h"
 #include "cpu/int_dot.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -138,24 +139,6 @@ struct Tile {
   const int32_t* minus;  // [blocks][R] -(zero of x), or null
 };
 
-FLCORE_INLINE vf32 load_scale(const char* p, int dtype, int64_t i) {
-  if (dtype == F32) return load_f32<F32>(p, i);
-  return dtype == F16 ? load_f32<F16>(p, i) : load_f32<BF16>(p, i);
-}
-
-FLCORE_INLINE vi32 load_zero(const char* p, int64_t i) {
-  const uint8_t* at = reinterpret_cast<const uint8_t*>(p) + i;
-#if defined(__AVX512F__)
-  return (vi32)_mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), load<__m128i>(at));
-#elif defined(__AVX2__)
-  return (vi32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-#else
-  vi32 z;
-  for (int k = 0; k < LANES; ++k) z[k] = at[k];
-  return z;
-#endif
-}
-
 // y[R][PANEL_ROWS] = sum over blocks of sx S float(acc), fused, in the order of the blocks.
 template <int BITS, bool WIDE, int R>
 static void tile(const Panel& p, const Tile& x, float* y) {
@@ -173,7 +156,7 @@ static void tile(const Panel& p, const Tile& x, float* y) {
     unroll<PANEL_VECTORS>([&](auto v) FLCORE_LAMBDA {
       constexpr int BLOCK = v.value / PARTS, AT = v.value % PARTS * LANES;
       if (by_row) {
-        const vi32 zero = load_zero(p.zeros[BLOCK], g16 + AT);
+        const vi32 zero = load_u8(p.zeros[BLOCK] + g16 + AT);
         unroll<R>([&](auto r) FLCORE_LAMBDA { acc[r.value][v.value] = zero * start[r.value]; });
       } else {
         unroll<R>([&](auto r) FLCORE_LAMBDA { acc[r.value][v.value] = vi32{} + start[r.value]; });
@@ -218,14 +201,14 @@ static void tile(const Panel& p, const Tile& x, float* y) {
     });
     unroll<PANEL_VECTORS>([&](auto v) FLCORE_LAMBDA {
       constexpr int BLOCK = v.value / PARTS, AT = v.value % PARTS * LANES;
-      const vf32 scale = load_scale(p.scales[BLOCK], p.scale_dtype, g16 + AT);
+      const vf32 scale = load_f32(p.scale_dtype, p.scales[BLOCK], g16 + AT);
       unroll<R>([&](auto r) FLCORE_LAMBDA {
         float* at = y + r.value * PANEL_ROWS + v.value * LANES;
         store(at, vfma(scale * x.scale[b * R + r.value], to_float(acc[r.value][v.value]),
                        load<vf32>(at)));
       });
       if (p.kind == QW_FLOAT_ZERO) {
-        const vf32 zero = load_scale(p.zeros[BLOCK], p.scale_dtype, g16 + AT);
+        const vf32 zero = load_f32(p.scale_dtype, p.zeros[BLOCK], g16 + AT);
         unroll<R>([&](auto r) FLCORE_LAMBDA {
           float* at = y + r.value * PANEL_ROWS + v.value * LANES;
           const float sum = float(start[r.value]) * unscale;

@@ -27,7 +27,6 @@ struct LimbSums {
   int32_t digit[LIMBS];  // sums
   float unit;            // x is `unit` times the whole number; NaN where x is not finite
   float x;               // sum of x
-  float unused[2];
 };
 
 // Rows 0 .. count of x: to[((4 h + quad) * rows + r) * 4 + limb] holds four digits.
@@ -114,7 +113,7 @@ FLCORE_INLINE void decode_quads(const uint8_t* block, int64_t h, const Body& bod
 template <int CODE, int R>
 static void direct_limbs(const Direct& d, int64_t b, float* up) {
   const QMatmulArgs& a = *d.a;
-  const uint8_t* codes = block_codes(a.w, d.cut, b);
+  const uint8_t* codes = block_codes(a.w, b);
   const uint32_t* x = static_cast<const uint32_t*>(d.x);
   const LimbSums* sums = reinterpret_cast<const LimbSums*>(d.sums);
   const bool float_zero = a.w.kind == QW_FLOAT_ZERO;
@@ -158,7 +157,7 @@ static void direct_limbs(const Direct& d, int64_t b, float* up) {
         total[r] = _mm512_fmadd_ps(scale, t, total[r]);
     });
   });
-  if (a.rank) turn_up(a, b * ROWS, up);
+  if (a.rank) turn_up(a, b * ROWS, ROWS, up);
   for (int r = 0; r < R && r < a.m; ++r) {
     Rows rows;
     rows.v[0] = (vf32)total[r];

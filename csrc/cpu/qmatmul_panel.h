@@ -18,7 +18,8 @@ constexpr int PANEL_VECTORS = LANES == 16 ? 4 : LANES == 8 ? 2 : 4;
 constexpr int PANEL_COLUMNS = PANEL_VECTORS * LANES;  // rows of W side by side: 64, 16, 16
 constexpr int PANEL_BLOCKS = PANEL_COLUMNS / ROWS;
 constexpr int TILE_ROWS = LANES == 4 ? 2 : 6;         // rows of x whose sums fit in the registers
-constexpr int64_t PANEL_HALVES = 8;                   // 128 k of a panel at once
+constexpr int64_t PANEL_HALVES = 8;                   // 128 k of a panel of float32 at once
+constexpr int64_t PANEL_FLOATS = PANEL_HALVES * HALF * PANEL_COLUMNS;  // or pairs of bfloat16
 constexpr int64_t BATCH = 240;                        // rows of x for which a panel is decoded once
 
 // Rows of a batch in tiles that are as even as they can be.
@@ -59,7 +60,7 @@ static void decode_panel(const Batch& q, int64_t b, int64_t h, int64_t end, floa
         for (int p = 0; p < PARTS; ++p) store(column + k * PANEL_COLUMNS + p * LANES, vf32{});
       continue;
     }
-    const uint8_t* codes = block_codes(w, q.cut, b + i);
+    const uint8_t* codes = block_codes(w, b + i);
     int64_t group = -1;
     GroupRows g = {};
     for (int64_t at = h; at < end; ++at) {
@@ -120,10 +121,10 @@ FLCORE_INLINE void tile_products(int rows, const float* x, const float* panel, i
   tile_product<1>(x, panel, k, total);
 }
 
-// Bytes that one thread needs: the panel (float32, or two parts in bfloat16), sums, columns of up.
+// Bytes that one thread needs: the panel, sums, columns of up, numbers of a group.
 FLCORE_INLINE int64_t panel_scratch(const QMatmulArgs& a) {
   const int64_t rows = a.m < BATCH ? a.m : BATCH;
-  return 4 * PANEL_COLUMNS * (2 * SEGMENT * HALF + rows + a.rank + 3);
+  return 4 * (PANEL_FLOATS + PANEL_COLUMNS * (rows + a.rank + 3));
 }
 
 struct PanelParts {
@@ -131,7 +132,7 @@ struct PanelParts {
   static FLCORE_MEMBER PanelParts of(const QMatmulArgs& a, char* scratch) {
     const int64_t rows = a.m < BATCH ? a.m : BATCH;
     float* panel = reinterpret_cast<float*>(scratch);
-    float* total = panel + PANEL_COLUMNS * 2 * SEGMENT * HALF;
+    float* total = panel + PANEL_FLOATS;
     float* up = total + PANEL_COLUMNS * rows;
     return PanelParts{panel, total, up, up + PANEL_COLUMNS * a.rank};
   }
@@ -141,7 +142,7 @@ static void finish_panel(const Batch& q, int64_t b, const PanelParts& parts) {
   const QMatmulArgs& a = *q.a;
   const int64_t blocks = q.cut.blocks - b < PANEL_BLOCKS ? q.cut.blocks - b : PANEL_BLOCKS;
   for (int64_t i = 0; i < blocks && a.rank; ++i)
-    turn_up(a, (b + i) * ROWS, parts.up + i * ROWS * a.rank);
+    turn_up(a, (b + i) * ROWS, ROWS, parts.up + i * ROWS * a.rank);
   const int64_t rows = q.tiles.start(q.tiles.count);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < blocks; ++i)

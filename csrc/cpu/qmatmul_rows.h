@@ -7,6 +7,7 @@
 #include "api.h"
 #include "cpu/isa.h"
 #include "cpu/qmatmul_decode.h"
+#include "cpu/qweight.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
 
@@ -24,11 +25,10 @@ struct Cut {
 
 FLCORE_INLINE Cut cut_of(const QWeight& w) {
   Cut c;
-  c.blocks = (w.n + ROWS - 1) / ROWS;
-  c.halves = (w.k + 31) / 32 * 2;
-  const bool one = w.group >= w.k;
-  c.groups = w.k == 0 ? 0 : one ? 1 : (w.k + w.group - 1) / w.group;
-  c.group = one ? c.halves : w.group / HALF;
+  c.blocks = block_count(w);
+  c.halves = 2 * chunk_count(w);
+  c.groups = group_count(w);
+  c.group = w.group >= w.k ? c.halves : w.group / HALF;
   c.segments = c.groups * ((c.group + SEGMENT - 1) / SEGMENT);
   return c;
 }
@@ -44,20 +44,12 @@ FLCORE_INLINE void for_segments(const Cut& c, const Body& body) {
   }
 }
 
-FLCORE_INLINE const uint8_t* block_codes(const QWeight& w, const Cut& c, int64_t b) {
-  return w.codes + b * (c.halves / 2) * 64 * w.bits;
-}
-
-FLCORE_INLINE float load_any(const void* p, int dtype, int64_t i) {
-  return dtype == F32 ? load1<F32>(p, i) : dtype == F16 ? load1<F16>(p, i) : load1<BF16>(p, i);
-}
-
 // The 16 values of row m from half h on, zeros past K.
-__attribute__((noinline)) Rows load_half(const QMatmulArgs& a, int64_t m, int64_t h) {
+FLCORE_NOINLINE Rows load_half(const QMatmulArgs& a, int64_t m, int64_t h) {
   const int64_t k = h * HALF, at = m * a.x_stride + k;
   if (k + HALF <= a.w.k) return load_rows(a.x, a.x_dtype, at);
   float v[HALF] = {};
-  for (int64_t i = 0; k + i < a.w.k; ++i) v[i] = load_any(a.x, a.x_dtype, at + i);
+  for (int64_t i = 0; k + i < a.w.k; ++i) v[i] = load1(a.x_dtype, a.x, at + i);
   return load_rows<F32>(v, 0);
 }
 
@@ -107,30 +99,12 @@ static void pack_floats(const QMatmulArgs& a, const Cut& c, int64_t first, int64
 
 template <int D>
 FLCORE_INLINE void store_rows(void* y, int64_t at, const Rows& r) {
-#if defined(__AVX512F__)
-  if constexpr (D == BF16) {  // to nearest even, NaN kept: the general conversion goes lane by lane
-    const vu32 u = (vu32)r.v[0];
-    const vu32 even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-    const __m512i nan = (__m512i)((u & 0x7fffffffu) > 0x7f800000u);
-    const __m512i h = _mm512_ternarylogic_epi32(nan, (__m512i)quiet, (__m512i)even, 0xca);
-    store(static_cast<uint16_t*>(y) + at, _mm512_maskz_cvtepi32_epi16(ALL, h));
-    return;
-  }
-#endif
   for (int c = 0; c < PARTS; ++c) store_lanes<D>(y, at + c * LANES, r.v[c]);
 }
 
-// up of one block as [rank][16], so that one load has a column for all rows.
-__attribute__((noinline)) void turn_up(const QMatmulArgs& a, int64_t n0, float* to) {
-  const int64_t rows = a.w.n - n0 < ROWS ? a.w.n - n0 : ROWS;
-  for (int64_t r = 0; r < ROWS; ++r)
-    for (int64_t i = 0; i < a.rank; ++i)
-      to[i * ROWS + r] = r < rows ? a.up[(n0 + r) * a.rank + i] : 0.0f;
-}
-
 // y[m][n0 ..] = sum + bias + low up^T; `up` from turn_up.
-__attribute__((noinline)) void finish_rows(const QMatmulArgs& a, int64_t m, int64_t n0, Rows sum,
-                               const float* up) {
+FLCORE_NOINLINE void finish_rows(const QMatmulArgs& a, int64_t m, int64_t n0, Rows sum,
+                                 const float* up) {
   const int64_t rows = a.w.n - n0 < ROWS ? a.w.n - n0 : ROWS;
   for (int64_t i = 0; i < a.rank; ++i) {
     const vf32 l = vf32{} + a.low[m * a.rank + i];
@@ -150,14 +124,7 @@ __attribute__((noinline)) void finish_rows(const QMatmulArgs& a, int64_t m, int6
   }
   float v[ROWS];
   for (int c = 0; c < PARTS; ++c) store(v + c * LANES, sum.v[c]);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (a.y_dtype == F32)
-      store1<F32>(a.y, at + r, v[r]);
-    else if (a.y_dtype == F16)
-      store1<F16>(a.y, at + r, v[r]);
-    else
-      store1<BF16>(a.y, at + r, v[r]);
-  }
+  for (int64_t r = 0; r < rows; ++r) store1(a.y_dtype, a.y, at + r, v[r]);
 }
 
 }  // namespace

@@ -138,9 +138,7 @@ static bool for_groups(const QuantizeArgs& x, const Body& body) {
   const int64_t size = group_buckets(x.codec.bucket) * x.codec.bucket;
   const int64_t groups = (f.numel + size - 1) / size;
   int32_t bad = 0;
-  for_chunks(f.threads, f.threads, [&](int64_t part) {
-    const int64_t end = groups * (part + 1) / f.threads;
-    int64_t group = groups * part / f.threads;
+  for_ranges(groups, f.threads, [&](int64_t part, int64_t group, int64_t end) {
     if (group == end) return;
     int64_t layer = find_layer(f.starts, f.layers, group * size);
     const Workspace w = workspace(x, part);

@@ -18,6 +18,7 @@
 #include "cpu/codes_linear.h"
 #include "cpu/codes_measure.h"
 #include "cpu/feedback.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -57,7 +58,7 @@ static Measured rest_load(const FeedbackFactors factors, const FeedbackSources f
     sums.add(u + i);  // straight from the stores
   }
   if (i < n && n >= 16) sixteen(n - 16);  // some of it once more
-  int32_t top = largest_lane(tops);
+  int32_t top = highest(tops);
   for (int64_t k = n < 16 ? 0 : n; k < n; ++k) {
     u[k] = feedback_values<RestKind, float>(factors, from, k).u;
     top = feedback_larger(top, feedback_key(u[k]));

@@ -44,8 +44,7 @@ static void visit(const RowLossArgs& a, int mode) {
     return;
   }
   const int64_t bytes = thread_scratch(a);
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
-    const int64_t first = a.rows * thread / a.threads, end = a.rows * (thread + 1) / a.threads;
+  for_ranges(a.rows, a.threads, [&](int64_t thread, int64_t first, int64_t end) {
     if (columns)
       columns_visit<D>(a, mode, first, end - first, memory + bytes * thread);
     else

@@ -41,8 +41,8 @@ struct RowTerms {
 
 // n values as float32, while those at `ahead` are fetched
 template <int D>
-__attribute__((noinline)) static void row_floats(const char* x, const char* ahead, int64_t n,
-                                                 float* out) {
+FLCORE_NOINLINE static void row_floats(const char* x, const char* ahead, int64_t n,
+                                       float* out) {
   int64_t k = 0;
   for (; k + LANES <= n; k += LANES) {
     if (k % 32 == 0) __builtin_prefetch(ahead + dtype_bytes(D) * k, 0, 2);
@@ -53,7 +53,7 @@ __attribute__((noinline)) static void row_floats(const char* x, const char* ahea
 
 // The terms of one class, with a margin of its own: the target has none.
 template <int D>
-__attribute__((noinline)) static RowTerms<typename RowCompute<D>::Number> row_term(
+FLCORE_NOINLINE static RowTerms<typename RowCompute<D>::Number> row_term(
     const RowBlock<D>& b, int64_t k, typename RowCompute<D>::Number margin, bool softmax) {
   typedef typename RowCompute<D>::Number T;
   RowTerms<T> t{T(load1_f64<D>(b.x, k)) * b.scale + margin, T(1), b.spread};
@@ -109,8 +109,8 @@ struct RowReader {
       return RowTerms<V>{load<V>(z + j), load<V>(prior + j), load<V>(u + j)};
     }
   };
-  __attribute__((noinline)) static void odd_group(const RowBlock<D>& b, int64_t begin, int64_t hole,
-                                                  Odd& odd) {
+  FLCORE_NOINLINE static void odd_group(const RowBlock<D>& b, int64_t begin, int64_t hole,
+                                        Odd& odd) {
     int64_t j = 0;
     for (; j < GROUP && begin + j + WIDTH <= b.n; j += WIDTH) {
       const RowTerms<V> t = terms(b, begin + j);

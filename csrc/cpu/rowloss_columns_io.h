@@ -14,8 +14,6 @@ namespace flcore {
 namespace FLCORE_ISA {
 namespace {
 
-#define FLCORE_NOINLINE __attribute__((noinline))
-
 constexpr int COLUMNS = 64;  // classes held at once
 
 // ---- vectors of per-row numbers -----------------------------------------------------------------

@@ -41,7 +41,7 @@ FLCORE_INLINE void block_shift(T m, T& c, T& n) {
 
 // Lane sums into one float64.
 template <class V>
-__attribute__((noinline)) static double lane_total(V* acc) {
+FLCORE_NOINLINE static double lane_total(V* acc) {
   typedef typename Real<V>::T T;
   constexpr int WIDTH = Real<V>::WIDTH, KEPT = sizeof(T) == 4 ? 16 : 8;
 #pragma GCC unroll 8
@@ -64,9 +64,10 @@ __attribute__((noinline)) static double lane_total(V* acc) {
 // Sums of a block; f' goes to `kept` unless that is null. SHIFTED: m, c and n are given; else softmax
 // looks for m. FUSED: the writer writes what stood in `kept` before.
 template <int D, int MAP, int FORM, bool SHIFTED, bool FUSED>
-__attribute__((noinline)) static void block_pass(
-    const RowBlock<D>& b, RowPart<typename RowCompute<D>::Number>& part,
-    typename RowCompute<D>::Number* kept, RowWriter<D>* writer) {
+FLCORE_NOINLINE static void block_pass(const RowBlock<D>& b,
+                                       RowPart<typename RowCompute<D>::Number>& part,
+                                       typename RowCompute<D>::Number* kept,
+                                       RowWriter<D>* writer) {
   typedef RowReader<D, MAP, FORM> R;
   typedef typename R::V V;
   constexpr bool SEARCH = R::EXP && !SHIFTED, SPREAD = FORM == ROW_SPREAD;
@@ -131,7 +132,7 @@ static void block_sums(const RowBlock<D>& b, RowPart<typename RowCompute<D>::Num
 // The gradient of a block from its logits into `entries`, whole groups: common f' - spread u rho, but
 // for the target, whose entry the writer knows. A writer, if there is one, follows on the heels.
 template <int D, int MAP, int FORM>
-__attribute__((noinline)) static void block_gradient(
+FLCORE_NOINLINE static void block_gradient(
     const RowBlock<D>& b, const RowSlope<typename RowCompute<D>::Number>& by,
     typename RowCompute<D>::Number* entries, RowWriter<D>* writer) {
   typedef RowReader<D, MAP, FORM> R;

@@ -156,7 +156,7 @@ struct RowWriter {
     if (peel > n) peel = n;
   }
   // less than a group
-  __attribute__((noinline)) void some(int64_t end) {
+  FLCORE_NOINLINE void some(int64_t end) {
     const V by = splat<V>(factor);
     const int64_t from = at;
     for (; at + 2 * WIDTH <= end; at += 2 * WIDTH)
@@ -172,7 +172,7 @@ struct RowWriter {
       row_store_pair<D, STREAM>(grad, at + k, load<V>(x + k) * by, load<V>(x + k + WIDTH) * by);
     });
   }
-  __attribute__((noinline)) void group_with_hole() {
+  FLCORE_NOINLINE void group_with_hole() {
     T x[GROUP];
     for (int j = 0; j < GROUP; ++j) x[j] = values[at + j] * factor;
     x[hole - at] = own;
@@ -201,7 +201,7 @@ struct RowWriter {
       at += GROUP;
     }
   }
-  __attribute__((noinline)) void finish() { until(n); }
+  FLCORE_NOINLINE void finish() { until(n); }
 };
 
 }  // namespace

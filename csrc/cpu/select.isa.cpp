@@ -298,10 +298,9 @@ static int select_packets(const SelectArgs& a, const Plan& plan) {
   const int64_t size = block_of(a), total = a.starts[a.layers];
   const int64_t blocks = (total + size - 1) / size;
   int flags = 0;
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(blocks, a.threads, [&](int64_t thread, int64_t first, int64_t last) {
     const Workspace w = workspace(a, thread);
-    const int64_t last = blocks * (thread + 1) / a.threads;
-    for (int64_t b = blocks * thread / a.threads; b < last; ++b) {
+    for (int64_t b = first; b < last; ++b) {
       const int64_t end = b * size + size < total ? b * size + size : total;
       if (block(a, plan, w, b * size, end))
         __atomic_store_n(&flags, int(SELECT_NONFINITE), __ATOMIC_RELAXED);
@@ -316,12 +315,10 @@ static int select(const SelectArgs& a) {
   a.first_tile[0] = 0;
   for (int64_t l = 0; l < a.layers; ++l)
     a.first_tile[l + 1] = a.first_tile[l] + (a.numel[l] + TILE - 1) / TILE;
-  const int64_t tiles = a.first_tile[a.layers];
   int flags = 0;
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(a.first_tile[a.layers], a.threads, [&](int64_t thread, int64_t first, int64_t end) {
     const Workspace w = workspace(a, thread);
-    const int64_t end = tiles * (thread + 1) / a.threads;
-    for (int64_t tile = tiles * thread / a.threads; tile < end; ++tile) {
+    for (int64_t tile = first; tile < end; ++tile) {
       const int64_t l = find_layer(a.first_tile, a.layers, tile);
       const int64_t offset = (tile - a.first_tile[l]) * TILE, rest = a.numel[l] - offset;
       const int64_t m = rest < TILE ? rest : TILE;

@@ -14,9 +14,6 @@
 namespace flcore {
 namespace FLCORE_ISA {
 
-// one copy of a loop for all kernels that take it: the call is nothing beside a tile
-#define FLCORE_NOINLINE __attribute__((noinline))
-
 constexpr int64_t TILE_BINS = 1024;  // coordinates of a tile of bins; three float64 each
 
 // The rows of one sum over one layer: row i lies at x[at(i) * stride], with weight w[i * w_stride].

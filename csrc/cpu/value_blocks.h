@@ -7,11 +7,6 @@
 #include "api.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
-#include "cpu/wide.h"
-
-#ifndef FLCORE_NOINLINE
-#define FLCORE_NOINLINE __attribute__((noinline))
-#endif
 
 namespace flcore {
 namespace FLCORE_ISA {
@@ -33,9 +28,8 @@ static void widen_block(const void* from, int64_t at, int64_t n, float* to) {
 }
 template <int D>
 static void narrow_block(const float* from, int64_t n, void* to) {
-  char* p = static_cast<char*>(to);
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store_half<D>(p + 2 * i, load<vf32>(from + i));
+  for (; i + LANES <= n; i += LANES) store_lanes<D>(to, i, load<vf32>(from + i));
   for (; i < n; ++i) store1<D>(to, i, from[i]);
 }
 

@@ -106,6 +106,38 @@ FLCORE_INLINE float f64_to_f32_odd(double d) {
   return float_of(away ? u - 1u : u + 1u);
 }
 
+// ---- LANES values of 16 bits (gcc 12 splits the generic conversions into narrow pieces) --------
+
+FLCORE_INLINE vi32 load_u16(const void* p) {
+#if defined(__AVX512F__)
+  return (vi32)_mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), load<__m256i>(p));
+#elif defined(__AVX2__)
+  return (vi32)_mm256_cvtepu16_epi32(load<__m128i>(p));
+#else
+  return (vi32)__builtin_convertvector(load<vu16h>(p), vu32);
+#endif
+}
+
+// values below 2^16
+FLCORE_INLINE void store_u16(void* p, const vi32& x) {
+#if defined(__AVX512F__)
+  store(p, _mm512_maskz_cvtepi32_epi16(__mmask16(0xffff), (__m512i)x));
+#elif defined(__AVX2__)
+  const __m256i v = (__m256i)x;
+  store(p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+#elif defined(__SSE4_1__)
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi32((__m128i)x, (__m128i)x));
+#else
+  store(p, __builtin_convertvector((vu32)x, vu16h));
+#endif
+}
+
+// The bits of bfloat16, rounded to nearest even; NaN stays NaN.
+FLCORE_INLINE vi32 bf16_bits(const vf32& x) {
+  const vu32 u = (vu32)x, even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+  return (vi32)((vi32)(u & 0x7fffffffu) > 0x7f800000 ? quiet : even);
+}
+
 // ---- one value and LANES values of a storage type, as float32 ---------------------------------
 
 template <int D>
@@ -140,15 +172,7 @@ FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
     __builtin_memcpy(reinterpret_cast<char*>(&v) + VEC_BYTES / 2, &hi, VEC_BYTES / 2);
     return v;
   } else if constexpr (D == BF16) {
-#if defined(__AVX512F__)  // spelled out: gcc 12 splits the generic conversion into narrow pieces
-    const __m512i u = _mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), load<__m256i>(at));
-    return (vf32)(((vu32)u) << 16);
-#elif defined(__AVX2__)
-    return (vf32)(((vu32)_mm256_cvtepu16_epi32(load<__m128i>(at))) << 16);
-#else
-    const vu32 u = __builtin_convertvector(load<vu16h>(at), vu32) << 16;
-    return (vf32)u;
-#endif
+    return (vf32)((vu32)load_u16(at) << 16);
   } else if constexpr (D == I8) {
 #if defined(__AVX512F__)
     const __m512i q = _mm512_maskz_cvtepi8_epi32(__mmask16(0xffff), load<__m128i>(at));
@@ -156,6 +180,9 @@ FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
 #elif defined(__AVX2__)
     return __builtin_convertvector((vi32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)),
                                    vf32);
+#elif defined(__SSE4_1__)
+    const __m128i q = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(load<int32_t>(at)));
+    return (vf32)_mm_cvtepi32_ps(q);
 #else
     vf32 v;
     for (int k = 0; k < LANES; ++k) v[k] = load1<I8>(at, k);
@@ -172,6 +199,15 @@ FLCORE_INLINE vf32 load_f32(const void* p, int64_t i) {
     return v;
 #endif
   }
+}
+
+// The same of a type that is told at run time: F32, F16 or BF16.
+FLCORE_INLINE float load1(int dtype, const void* p, int64_t i) {
+  return dtype == F32 ? load1<F32>(p, i) : dtype == F16 ? load1<F16>(p, i) : load1<BF16>(p, i);
+}
+FLCORE_INLINE vf32 load_f32(int dtype, const void* p, int64_t i) {
+  if (dtype == F32) return load_f32<F32>(p, i);
+  return dtype == F16 ? load_f32<F16>(p, i) : load_f32<BF16>(p, i);
 }
 
 // ---- one value and LANES64 values of a storage type, as float64 -------------------------------
@@ -223,6 +259,16 @@ FLCORE_INLINE void store1(void* p, int64_t i, double x) {
     __builtin_memcpy(at, &x, 8);
   else
     store1<D>(p, i, D == F32 ? float(x) : f64_to_f32_odd(x));
+}
+
+// F32, F16 or BF16
+FLCORE_INLINE void store1(int dtype, void* p, int64_t i, float x) {
+  if (dtype == F32)
+    store1<F32>(p, i, x);
+  else if (dtype == F16)
+    store1<F16>(p, i, x);
+  else
+    store1<BF16>(p, i, x);
 }
 
 // ---- square roots, correctly rounded ------------------------------------------------------------
@@ -283,6 +329,8 @@ FLCORE_INLINE void store_lanes(void* p, int64_t i, const vf32& x) {
   char* at = static_cast<char*>(p) + dtype_bytes(D) * i;
   if constexpr (D == F32) {
     store(at, x);
+  } else if constexpr (D == BF16) {
+    store_u16(at, bf16_bits(x));
 #if defined(__AVX512F__)
   } else if constexpr (D == F16) {
     store(at, _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)x, _MM_FROUND_TO_NEAREST_INT));

@@ -289,11 +289,10 @@ void tile(const VoteArgs& a, const Workspace& w, int64_t begin, int64_t m) {
 
 void vote(const VoteArgs& a) {
   const int64_t tiles = (a.numel + 8 * TILE - 1) / (8 * TILE);
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(tiles, a.threads, [&](int64_t thread, int64_t first, int64_t end) {
     const Workspace w = workspace(a, thread);
     __builtin_memset(w.zeros, 0, size_t(PAD));
-    const int64_t end = tiles * (thread + 1) / a.threads;
-    for (int64_t t = tiles * thread / a.threads; t < end; ++t) {
+    for (int64_t t = first; t < end; ++t) {
       const int64_t begin = t * 8 * TILE, rest = a.numel - begin;
       tile(a, w, begin, rest < 8 * TILE ? rest : 8 * TILE);
     }

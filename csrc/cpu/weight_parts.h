@@ -46,11 +46,9 @@ Workspace workspace(const WeightQuantArgs& a, int64_t thread) {
 // body(workspace, block): blocks of 16 rows, each thread a contiguous range
 template <class Body>
 void for_blocks(const WeightQuantArgs& a, const Body& body) {
-  const int64_t blocks = blocks_of(a);
-  for_chunks(a.threads, a.threads, [&](int64_t thread) {
+  for_ranges(blocks_of(a), a.threads, [&](int64_t thread, int64_t first, int64_t end) {
     const Workspace w = workspace(a, thread);
-    const int64_t end = blocks * (thread + 1) / a.threads;
-    for (int64_t b = blocks * thread / a.threads; b < end; ++b) body(w, b);
+    for (int64_t b = first; b < end; ++b) body(w, b);
   });
 }
 
@@ -104,12 +102,12 @@ void pad_numbers(const WeightQuantArgs& a, const WeightParts& to, int64_t block)
   for (int64_t r = rows_in(a, block); r < BLOCK_ROWS; ++r) {
     for (int64_t g = 0; g < groups_of(a); ++g) {
       const int64_t i = number_index(a, to.layout, block * BLOCK_ROWS + r, g);
-      put_number(to.scales, i, a.scale_dtype, 0);
+      store1(a.scale_dtype, to.scales, i, 0.0f);
       if (!to.zeros) continue;
       if (a.kind == QW_INT)
         static_cast<uint8_t*>(to.zeros)[i] = 0;
       else
-        put_number(to.zeros, i, a.scale_dtype, 0);
+        store1(a.scale_dtype, to.zeros, i, 0.0f);
     }
   }
 }

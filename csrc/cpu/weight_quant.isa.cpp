@@ -62,28 +62,28 @@ bool range_of(const WeightQuantArgs& a, const float* w, int64_t n, Range& range)
       least = x < least ? x : least;
       most = x > most ? x : most;
     }
-    range.least = from_ordered(~highest_lane(~ordered((vi32)least)));
-    range.most = from_ordered(highest_lane(ordered((vi32)most)));
+    range.least = from_ordered(~highest(~ordered((vi32)least)));
+    range.most = from_ordered(highest(ordered((vi32)most)));
   } else {
     for (int64_t i = 0; i < n; i += LANES) {
       const vi32 absolute = load<vi32>(w + i) & 0x7fffffff;
       top = top > absolute ? top : absolute;
     }
   }
-  const int32_t highest = highest_lane(top);
-  range.top = range.extreme = float_of(uint32_t(highest));
-  if (a.rule == WEIGHT_Q4_0 && highest < 0x7f800000) {  // where it is first
+  const int32_t bits = highest(top);
+  range.top = range.extreme = float_of(uint32_t(bits));
+  if (a.rule == WEIGHT_Q4_0 && bits < 0x7f800000) {  // where it is first
     for (int64_t i = 0; i < n; i += LANES) {
       const vi32 x = load<vi32>(w + i);
-      if (highest_lane((vi32)((x & 0x7fffffff) == highest) & 1)) {
+      if (highest((vi32)((x & 0x7fffffff) == bits) & 1)) {
         int l = 0;
-        while ((x[l] & 0x7fffffff) != highest) ++l;
+        while ((x[l] & 0x7fffffff) != bits) ++l;
         range.extreme = float_of(uint32_t(x[l]));
         break;
       }
     }
   }
-  return highest < 0x7f800000;
+  return bits < 0x7f800000;
 }
 
 float error_of(const WeightQuantArgs& a, const GroupScale& g, const float* w, int64_t n) {
@@ -142,12 +142,12 @@ GroupScale best_scale(const WeightQuantArgs& a, const Range& range, const float*
 
 void put_scale(const WeightQuantArgs& a, int64_t row, int64_t group, const GroupScale& g) {
   const int64_t i = number_index(a, a.parts.layout, row, group);
-  put_number(a.parts.scales, i, a.scale_dtype, g.scale);
+  store1(a.scale_dtype, a.parts.scales, i, g.scale);
   if (!a.parts.zeros) return;
   if (a.kind == QW_INT)
     static_cast<uint8_t*>(a.parts.zeros)[i] = uint8_t(g.zero);
   else
-    put_number(a.parts.zeros, i, a.scale_dtype, g.zero);
+    store1(a.scale_dtype, a.parts.zeros, i, g.zero);
 }
 
 FLCORE_INLINE bool finite(float x) { return (bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
@@ -249,92 +249,90 @@ struct GroupNumbers {
 GroupNumbers numbers_of(const WeightQuantArgs& a, int64_t row, int64_t g) {
   const int64_t i = number_index(a, a.parts.layout, row, g);
   const float half = float(1 << (a.bits - 1));
-  GroupNumbers v{get_number(a.parts.scales, i, a.scale_dtype), half};
+  GroupNumbers v{load1(a.scale_dtype, a.parts.scales, i), half};
   if (a.kind == QW_INT && a.parts.zeros)
     v.zero = float(static_cast<const uint8_t*>(a.parts.zeros)[i]);
-  if (a.kind == QW_FLOAT_ZERO) v.zero = get_number(a.parts.zeros, i, a.scale_dtype);
+  if (a.kind == QW_FLOAT_ZERO) v.zero = load1(a.scale_dtype, a.parts.zeros, i);
   return v;
 }
 
-// LANES levels; the zero of QW_INT is taken off
+// LANES levels
 template <int KIND>
-FLCORE_INLINE vf32 levels_at(const WeightQuantArgs& a, const GroupNumbers& g,
-                             const uint8_t* codes) {
-#if defined(__AVX512F__)
-  const vi32 q = (vi32)_mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), load<__m128i>(codes));
-#elif defined(__AVX2__)
-  const vi32 q = (vi32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)codes));
-#else
-  vi32 q;
-  for (int l = 0; l < LANES; ++l) q[l] = codes[l];
-#endif
-  if constexpr (KIND == QW_TABLE) return look_up(a.table, q);
-  if constexpr (KIND == QW_E4M3) return fp8_values(q, a.kind);
-  const vf32 v = __builtin_convertvector(q, vf32);
-  return KIND == QW_INT ? v - g.zero : v - float(1 << (a.bits - 1));
+FLCORE_INLINE vf32 levels_at(const uint8_t* codes, const float* table, float middle) {
+  if constexpr (KIND == QW_TABLE) return look_up(table, codes);
+  const vi32 q = load_u8(codes);
+  if constexpr (KIND == QW_E4M3 || KIND == QW_E5M2) return fp8_values(q, fp8_of(KIND));
+  return to_float(q) - middle;
 }
 
+// n weights of a group
 template <int KIND, int D>
-void expand(const WeightQuantArgs& a, const GroupNumbers& g, const uint8_t* codes, int64_t n,
-            int64_t at) {
+FLCORE_INLINE void expand(const uint8_t* codes, const GroupNumbers& g, float half,
+                          const float* table, int64_t n, void* to, int64_t at) {
+  const float middle = KIND == QW_INT ? g.zero : half;
+  float last[LANES];
   int64_t i = 0;
-  for (; i < n; i += LANES) {
-    const vf32 v = levels_at<KIND>(a, g, codes + i);
-    if constexpr (D == F64) {
+  if constexpr (D == F64) {
+    for (; i < n; i += LANES) {
+      store(last, levels_at<KIND>(codes + i, table, middle));
       for (int64_t l = 0; l < LANES && i + l < n; ++l) {
-        const double product = double(v[l]) * double(g.scale);
-        store1<F64>(a.x, at + i + l, KIND == QW_FLOAT_ZERO ? product + double(g.zero) : product);
+        const double product = double(last[l]) * double(g.scale);
+        store1<F64>(to, at + i + l, KIND == QW_FLOAT_ZERO ? product + double(g.zero) : product);
       }
-    } else {
-      const vf32 scale = vf32{} + g.scale;
-      const vf32 w = KIND == QW_FLOAT_ZERO ? vfma(v, scale, vf32{} + g.zero) : v * scale;
-      if (i + LANES <= n)
-        store_lanes<D>(a.x, at + i, w);
-      else
-        for (int64_t l = 0; i + l < n; ++l) store1<D>(a.x, at + i + l, float(w[l]));
     }
+  } else {
+    const vf32 scale = vf32{} + g.scale, zero = vf32{} + g.zero;
+    const auto weights = [&]() FLCORE_LAMBDA {
+      const vf32 v = levels_at<KIND>(codes + i, table, middle);
+      return KIND == QW_FLOAT_ZERO ? vfma(v, scale, zero) : v * scale;
+    };
+    for (; i + LANES <= n; i += LANES) store_lanes<D>(to, at + i, weights());
+    if (i == n) return;
+    store(last, weights());
+    for (int64_t l = 0; i + l < n; ++l) store1<D>(to, at + i + l, last[l]);
   }
 }
 
+template <int KIND, int D>
+void expand_row(const WeightQuantArgs& a, int64_t row, const uint8_t* codes) {
+  const float half = float(1 << (a.bits - 1));
+  for (int64_t g = 0, k = 0; k < a.k; ++g, k += a.group) {
+    const int64_t n = a.k - k < a.group ? a.k - k : a.group;
+    expand<KIND, D>(codes + k, numbers_of(a, row, g), half, a.table, n, a.x, row * a.k + k);
+  }
+}
+
+typedef void (*ExpandRow)(const WeightQuantArgs&, int64_t, const uint8_t*);
+
 template <int KIND>
-void expand(const WeightQuantArgs& a, const GroupNumbers& g, const uint8_t* codes, int64_t n,
-            int64_t at) {
-  switch (a.x_dtype) {
-    case F64:
-      return expand<KIND, F64>(a, g, codes, n, at);
-    case F32:
-      return expand<KIND, F32>(a, g, codes, n, at);
-    case F16:
-      return expand<KIND, F16>(a, g, codes, n, at);
+ExpandRow expand_kind(int dtype) {
+  return dtype == F64   ? expand_row<KIND, F64>
+         : dtype == F32 ? expand_row<KIND, F32>
+         : dtype == F16 ? expand_row<KIND, F16>
+                        : expand_row<KIND, BF16>;
+}
+
+ExpandRow expand_of(const WeightQuantArgs& a) {
+  switch (a.kind) {
+    case QW_INT:
+      return expand_kind<QW_INT>(a.x_dtype);
+    case QW_FLOAT_ZERO:
+      return expand_kind<QW_FLOAT_ZERO>(a.x_dtype);
+    case QW_TABLE:
+      return expand_kind<QW_TABLE>(a.x_dtype);
+    case QW_E4M3:
+      return expand_kind<QW_E4M3>(a.x_dtype);
     default:
-      return expand<KIND, BF16>(a, g, codes, n, at);
+      return expand_kind<QW_E5M2>(a.x_dtype);
   }
 }
 
 void dequantize(const WeightQuantArgs& a) {
+  const ExpandRow expand = expand_of(a);
   for_blocks(a, [&](const Workspace& w, int64_t block) {
     read_codes(a, w, block);
-    for (int64_t r = 0; r < rows_in(a, block); ++r) {
-      const int64_t row = block * BLOCK_ROWS + r;
-      const uint8_t* codes = w.codes + r * code_stride(a.k);
-      for (int64_t g = 0, k = 0; k < a.k; ++g, k += a.group) {
-        const int64_t n = a.k - k < a.group ? a.k - k : a.group, at = row * a.k + k;
-        const GroupNumbers numbers = numbers_of(a, row, g);
-        switch (a.kind) {
-          case QW_INT:
-            expand<QW_INT>(a, numbers, codes + k, n, at);
-            break;
-          case QW_FLOAT_ZERO:
-            expand<QW_FLOAT_ZERO>(a, numbers, codes + k, n, at);
-            break;
-          case QW_TABLE:
-            expand<QW_TABLE>(a, numbers, codes + k, n, at);
-            break;
-          default:
-            expand<QW_E4M3>(a, numbers, codes + k, n, at);
-        }
-      }
-    }
+    for (int64_t r = 0; r < rows_in(a, block); ++r)
+      expand(a, block * BLOCK_ROWS + r, w.codes + r * code_stride(a.k));
   });
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "api.h"
+#include "cpu/fp8.h"
+#include "cpu/int_lanes.h"
 #include "cpu/isa.h"
 #include "cpu/vec.h"
 
@@ -56,58 +58,6 @@ inline float rounded(float x, int dtype) {
 
 inline float smallest(int dtype) {
   return dtype == F16 ? 0x1p-24f : float_of(dtype == BF16 ? 0x10000u : 1u);
-}
-
-inline void put_number(void* p, int64_t i, int dtype, float x) {
-  if (dtype == F32)
-    store1<F32>(p, i, x);
-  else if (dtype == F16)
-    store1<F16>(p, i, x);
-  else
-    store1<BF16>(p, i, x);
-}
-
-inline float get_number(const void* p, int64_t i, int dtype) {
-  if (dtype == F32) return load1<F32>(p, i);
-  return dtype == F16 ? load1<F16>(p, i) : load1<BF16>(p, i);
-}
-
-// to nearest even; |x| below 2^31
-FLCORE_INLINE vi32 nearest(const vf32& x) {
-#if defined(__AVX512F__)
-  return (vi32)_mm512_maskz_cvtps_epi32(__mmask16(0xffff), (__m512)x);
-#elif defined(__AVX2__)
-  return (vi32)_mm256_cvtps_epi32((__m256)x);
-#elif defined(__x86_64__)
-  return (vi32)_mm_cvtps_epi32((__m128)x);
-#else
-  vi32 q;
-  for (int l = 0; l < LANES; ++l) q[l] = int32_t(__builtin_rintf(x[l]));
-  return q;
-#endif
-}
-
-// The largest lane.
-FLCORE_INLINE int32_t highest_lane(const vi32& x) {
-#if defined(__AVX512F__)
-  const __m512i z = (__m512i)x;
-  const __m256i h = _mm256_max_epi32(_mm512_maskz_extracti64x4_epi64(__mmask8(0xff), z, 0),
-                                     _mm512_maskz_extracti64x4_epi64(__mmask8(0xff), z, 1));
-  __m128i y = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-#elif defined(__AVX2__)
-  __m128i y =
-      _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-#elif defined(__SSE4_1__)
-  __m128i y = (__m128i)x;
-#endif
-#if defined(__SSE4_1__)
-  y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
-#else
-  int32_t top = x[0];
-  for (int l = 1; l < LANES; ++l) top = top > x[l] ? top : x[l];
-  return top;
-#endif
 }
 
 // Integers in the order of floats; its own inverse. -0 comes before 0, NaNs at the ends.
@@ -199,21 +149,6 @@ inline GroupScale group_scale(const WeightQuantArgs& a, const Range& range, floa
 
 // ---- LANES codes -----------------------------------------------------------------------------
 
-// table[i % 16]: lanes behind the end of a group may hold anything
-FLCORE_INLINE vf32 look_up(const float* table, const vi32& i) {
-#if defined(__AVX512F__)
-  return (vf32)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), (__m512i)i, load<__m512>(table));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps(load<__m256>(table), (__m256i)i);
-  const __m256 high = _mm256_permutevar8x32_ps(load<__m256>(table + 8), (__m256i)i);
-  return (vf32)_mm256_blendv_ps(low, high, (__m256)(i << 28));
-#else
-  vf32 v;
-  for (int l = 0; l < LANES; ++l) v[l] = table[i[l] & 15];
-  return v;
-#endif
-}
-
 // How many of the 15 limits v exceeds.
 FLCORE_INLINE vi32 limits_below(const float* limits, const vf32& v) {
 #if defined(__AVX512F__)
@@ -244,12 +179,6 @@ FLCORE_INLINE vi32 fp8_codes(const vf32& v, int mantissa, int32_t lowest, int32_
   return code | (((vi32)v >> 24) & 0x80);
 }
 
-FLCORE_INLINE vf32 fp8_values(const vi32& q, int kind) {
-  const vi32 sign = q << 24, body = q & 0x7f;  // the sign of a byte moves to bit 31
-  const vf32 v = kind == QW_E4M3 ? (vf32)(body << 20) * 0x1p120f : (vf32)(body << 21) * 0x1p112f;
-  return (vf32)((vi32)v | (sign & INT32_MIN));
-}
-
 // What a loop over a group needs, in registers: bytes that it stores could otherwise be any of it.
 template <int PATH>
 struct GroupCodes {
@@ -278,7 +207,7 @@ struct GroupCodes {
   // are applied before or after rounding. PATH_TABLE gives positions among the sorted levels.
   FLCORE_MEMBER vi32 of(const vf32& w) const {
     if constexpr (LINEAR) {
-      return nearest(limited((PATH == PATH_SHIFTED ? w - sub : w) / divisor, least, most));
+      return to_nearest(limited((PATH == PATH_SHIFTED ? w - sub : w) / divisor, least, most));
     } else if constexpr (PATH == PATH_Q4_0) {
       return __builtin_convertvector(limited(w * divisor + offset, least, most), vi32);  // cuts off
     } else if constexpr (PATH == PATH_Q8_0) {
@@ -302,7 +231,7 @@ struct GroupCodes {
     if constexpr (PATH == PATH_TABLE)
       level = look_up(sorted, q);
     else if constexpr (PATH == PATH_E4M3 || PATH == PATH_E5M2)
-      level = fp8_values(q, PATH == PATH_E4M3 ? QW_E4M3 : QW_E5M2);
+      level = fp8_values(q, fp8_of(PATH == PATH_E4M3 ? QW_E4M3 : QW_E5M2));
     else if constexpr (LINEAR)
       level = __builtin_convertvector(q, vf32);
     else
@@ -336,18 +265,6 @@ float group_error(const WeightQuantArgs& a, const GroupScale& g, const float* w,
   return sums[0];
 }
 
-FLCORE_INLINE void store_bytes_of(uint8_t* out, const vi32& q) {
-#if defined(__AVX512F__)
-  store(out, _mm512_maskz_cvtepi32_epi8(__mmask16(0xffff), (__m512i)q));
-#elif defined(__AVX2__)
-  const __m128i words =
-      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)q), _mm256_extracti128_si256((__m256i)q, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(words, words));
-#else
-  for (int l = 0; l < LANES; ++l) out[l] = uint8_t(q[l]);
-#endif
-}
-
 // Codes of n weights, whole multiples of 16; more bytes than n may be written, up to that multiple.
 template <int PATH>
 void group_codes(const WeightQuantArgs& a, const GroupScale& g, const float* w, int64_t n,
@@ -358,7 +275,7 @@ void group_codes(const WeightQuantArgs& a, const GroupScale& g, const float* w, 
     vi32 q = codes.of(load<vf32>(w + i));
     if constexpr (codes.LINEAR) q += codes.shift;
     if constexpr (PATH == PATH_TABLE) q = __builtin_convertvector(look_up(order, q), vi32);
-    store_bytes_of(out + i, q);
+    store_u8(out + i, q);
   }
 }
 

@@ -70,23 +70,7 @@ FLCORE_INLINE vf32h to_f32_odd(const vf64& d) {
 
 template <int D>
 FLCORE_INLINE void store_half(void* at, const vf32& x) {
-  if constexpr (D == BF16) {
-    const vu32 u = (vu32)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const vu32 is_nan = (vu32)((u & 0x7fffffffu) > 0x7f800000u);
-    const vu32 bits = (is_nan & ((u >> 16) | 0x40u)) | (~is_nan & rounded);
-    store(at, __builtin_convertvector(bits, vu16h));
-  } else {
-#if defined(__AVX512F__)
-    store(at, _mm512_maskz_cvtps_ph(__mmask16(0xffff), (__m512)x,
-                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
-    store(at, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    vu16h h;
-    for (int k = 0; k < LANES; ++k) h[k] = f32_to_f16(x[k]);
-    store(at, h);
-#endif
-  }
+  store_lanes<D>(at, 0, x);
 }
 
 template <int D>
@@ -102,7 +86,7 @@ FLCORE_INLINE void store_pair(void* out, int64_t i, const vf64& a, const vf64& b
     vf32 both;
     store(&both, to_f32_odd(a));
     store(reinterpret_cast<char*>(&both) + VEC_BYTES / 2, to_f32_odd(b));
-    store_half<D>(at, both);
+    store_lanes<D>(at, 0, both);
   }
 }
 

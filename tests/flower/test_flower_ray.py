@@ -19,7 +19,14 @@ from flcore.simulation import Settings, run
 pytestmark = pytest.mark.slow
 
 DIGITS_HARD = Settings(
-    rounds=6, clients=50, participation=5, alpha=0.05, codec=None, feedback=None, seed=1
+    rounds=6,
+    clients=50,
+    participation=5,
+    alpha=0.05,
+    codec=None,
+    feedback=None,
+    seed=1,
+    execution="sequential",  # clients under Flower train alone
 )
 
 

@@ -171,7 +171,12 @@ def test_superlink_and_supernodes_give_the_numbers_of_one_process(federation, tm
         time.sleep(0.5)
 
     settings = Settings(
-        rounds=ROUNDS, clients=CLIENTS, participation=CLIENTS, codec=None, feedback=None
+        rounds=ROUNDS,
+        clients=CLIENTS,
+        participation=CLIENTS,
+        codec=None,
+        feedback=None,
+        execution="sequential",
     )
     expected = run(create("scaffold", local_epochs=1), "mlp", "digits", settings)
     model = load_file(output / "model.safetensors")

@@ -24,9 +24,9 @@ static void fill_row(uint8_t* row, int64_t k, int bits) {
 static void run(int64_t k, int bits, int kind, int64_t group, int out_dtype, int threads) {
   const int64_t n = 5, groups = (k + group - 1) / group, stride = row_bytes(k, bits);
   const bool has_zeros = kind == QW_FLOAT_ZERO || (kind == QW_INT && k % 2);
-  Bytes codes(n * stride), scales(4 * n * groups), zeros(4 * n * groups), table(4 * 256);
+  Bytes codes(n * stride), scales(4 * n * groups), zeros(4 * n * groups), table(4 * 16);
   for (int64_t r = 0; r < n; ++r) fill_row(codes.data + r * stride, k, bits);
-  const float one = 1.0f, level = 3.0f;
+  const float one = 1.0f, level = kind == QW_E4M3 ? 0x1p-9f : kind == QW_E5M2 ? 0x1p-16f : 3.0f;
   for (int64_t i = 0; i < n * groups; ++i) {
     std::memcpy(scales.data + 4 * i, &one, 4);
     if (kind == QW_FLOAT_ZERO)
@@ -34,7 +34,7 @@ static void run(int64_t k, int bits, int kind, int64_t group, int out_dtype, int
     else
       zeros.data[i] = 4;
   }
-  for (int i = 0; i < 256; ++i) std::memcpy(table.data + 4 * i, &level, 4);
+  for (int i = 0; i < 16; ++i) std::memcpy(table.data + 4 * i, &level, 4);
   const float half = float(1 << (bits - 1));
   const float w = kind == QW_INT          ? 1 - (has_zeros ? 4 : half)
                   : kind == QW_FLOAT_ZERO ? 1 - half + 1
@@ -52,7 +52,7 @@ static void run(int64_t k, int bits, int kind, int64_t group, int out_dtype, int
                       scales.data,
                       F32,
                       has_zeros ? zeros.data : nullptr,
-                      kind >= QW_TABLE ? reinterpret_cast<const float*>(table.data) : nullptr,
+                      kind == QW_TABLE ? reinterpret_cast<const float*>(table.data) : nullptr,
                       3,
                       index.data(),
                       starts.data(),
@@ -114,6 +114,7 @@ int main() {
         }
         run(k, 4, QW_TABLE, group < k ? group : k, F32, threads);
         run(k, 8, QW_E4M3, group < k ? group : k, BF16, threads);
+        run(k, 8, QW_E5M2, group < k ? group : k, F32, threads);
       }
     }
     scatter(k);

@@ -261,8 +261,12 @@ class Algorithm(ABC):
         server.model = server.layout.put(server.model, moved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options as plain values, for configuration files."""
-        return {"name": self.name, **asdict(self)}
+        """Name and options as plain values, as JSON gives them back."""
+        options = asdict(self).items()
+        return {
+            "name": self.name,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in options},
+        }
 
 
 def check_number(option: str, value: Any, accept: Callable[[float], bool], expected: str) -> None:

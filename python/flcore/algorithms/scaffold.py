@@ -95,5 +95,7 @@ class Scaffold(WeighedLosses):
             server["control"] = server["control"] + arrivals.sum(p, "control")
         else:
             parts = zip(p, arrivals, strict=True)
-            drift = arrivals.sum([share / (a["steps"] * lr) for share, a in parts])
+            w = [share / (a["steps"] * lr) for share, a in parts]
+            # equal work: the mean will do, which a robust rule or an error control stands behind
+            drift = sum(w) * mean if len(set(w)) == 1 else arrivals.sum(w)
             server["control"] = server["control"] * (1 - len(arrivals) / m) - drift

@@ -42,6 +42,7 @@ FAMILIES = {
     "rules": "flcore.bench.rules",
     "secure": "flcore.bench.secure",
     "server": "flcore.bench.server_step",
+    "simulation": "flcore.bench.simulation",
     "sparse": "flcore.bench.sparse",
     "stablemax": "flcore.bench.stablemax",
     "weights": "flcore.bench.weight_quant",

@@ -37,6 +37,10 @@ __all__ = ["Problem", "Rate", "compare", "flcore_rate", "flower_rate", "main"]
 TORCH_THREADS = 1  # a network of 4,810 parameters is slower with more
 
 
+Moment = tuple[float, float]
+"""Seconds by the clock, and seconds that this process has computed."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What both sides train; the defaults are those of the page's table."""
@@ -71,17 +75,24 @@ class Rate:
         Seconds until the first round was complete.
     accuracy : float
         Of the global model on the test data after the last round, 0 to 1.
+    busy : float
+        Share of the time that this process computed.  flcore has one thread: well below 1, other
+        programs had its core.  Flower's workers are other processes.
     """
 
     name: str
     rounds_per_second: float
     start_s: float
     accuracy: float
+    busy: float
 
     @classmethod
-    def between(cls, name: str, begun: float, ends: list[float], accuracy: float) -> Rate:
+    def between(cls, name: str, begun: float, ends: list[Moment], accuracy: float) -> Rate:
         """Make the rate from the moments at which each round was complete."""
-        return cls(name, (len(ends) - 1) / (ends[-1] - ends[0]), ends[0] - begun, accuracy)
+        (first, computed), (last, computed_last) = ends[0], ends[-1]
+        span = last - first
+        busy = (computed_last - computed) / span
+        return cls(name, (len(ends) - 1) / span, first - begun, accuracy, busy)
 
 
 def flcore_rate(problem: Problem, **settings: Any) -> Rate:
@@ -96,11 +107,11 @@ def flcore_rate(problem: Problem, **settings: Any) -> Rate:
     from flcore.algorithms import create
     from flcore.simulation import Observer, Settings, run
 
-    ends: list[float] = []
+    ends: list[Moment] = []
 
     class Ends(Observer):
         def round_done(self, record: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(_now())
 
     algorithm = create(
         "fedavg",
@@ -143,7 +154,7 @@ def flower_rate(problem: Problem, cpus_per_client: float = 1.0) -> Rate:
     simulation = require("flwr.simulation", "flower")
     require("ray", "flower")
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    ends: list[tuple[float, float]] = []
+    ends: list[tuple[Moment, float]] = []
     begun = time.perf_counter()
     simulation.run_simulation(
         server_app=_server_app(problem, ends),
@@ -158,6 +169,10 @@ def flower_rate(problem: Problem, cpus_per_client: float = 1.0) -> Rate:
         raise RuntimeError(f"Flower ended after {len(ends) - 1} of {problem.rounds} rounds")
     moments, accuracies = zip(*ends[1:], strict=True)
     return Rate.between("Flower", begun, list(moments), accuracies[-1])
+
+
+def _now() -> Moment:
+    return time.perf_counter(), time.process_time()
 
 
 # ---- the same problem, written for Flower --------------------------------------------------------
@@ -224,7 +239,7 @@ def _client_app(problem: Problem) -> Any:
     return app
 
 
-def _server_app(problem: Problem, ends: list[tuple[float, float]]) -> Any:
+def _server_app(problem: Problem, ends: list[tuple[Moment, float]]) -> Any:
     from flwr.app import ArrayRecord, MetricRecord
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
@@ -243,7 +258,7 @@ def _server_app(problem: Problem, ends: list[tuple[float, float]]) -> Any:
             model.load_state_dict(arrays.to_torch_state_dict())
             with torch.inference_mode():
                 accuracy = float((model(x).argmax(1) == y).float().mean())
-            ends.append((time.perf_counter(), accuracy))
+            ends.append((_now(), accuracy))
             return MetricRecord({"accuracy": accuracy})
 
         strategy = FedAvg(
@@ -302,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     for run in (run for pair in report["runs"] for run in pair):
         print(
             f"{run['name']:8} {run['rounds_per_second']:8.2f} rounds/s, first round after "
-            f"{run['start_s']:5.2f} s, accuracy {run['accuracy']:.1%}"
+            f"{run['start_s']:5.2f} s, accuracy {run['accuracy']:.1%}, busy {run['busy']:.0%}"
         )
     known = {name: version for name, version in report["versions"].items() if version}
     print(", ".join(f"{name} {version}" for name, version in known.items()))

@@ -3,6 +3,7 @@
 from flcore.ops._combine_rows import combine_rows
 from flcore.ops._combine_step import combine_step
 from flcore.ops._control_step import Controlled, control_step
+from flcore.ops._local_prepared import LocalStep
 from flcore.ops._local_shift import (
     global_norm,
     global_norm_rows,
@@ -16,7 +17,7 @@ from flcore.ops._step import Noise, Step, Stepped
 from flcore.ops.act_quant import QuantizedActivation, quantize_activation
 from flcore.ops.combine import combine
 from flcore.ops.gram import gram
-from flcore.ops.local_step import LocalStep, local_step, local_step_rows
+from flcore.ops.local_step import local_step, local_step_rows
 from flcore.ops.mask import dequantize_sum, mask_add, modular_sum
 from flcore.ops.moments import Moments, accumulate_moments, affine, moments, moments_each
 from flcore.ops.perp_grad import perp_grad

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,19 @@ from flcore import _arrays, _updates
 from flcore._arrays import View
 from flcore.errors import DTypeError, InvalidInputError
 
-__all__ = ["ONE", "SLOTS", "Operand", "Pieces", "one_model", "parse_number", "parse_rows"]
+__all__ = [
+    "SLOTS",
+    "Operand",
+    "Pieces",
+    "check_in_place",
+    "check_rows_apart",
+    "one_model",
+    "parse_rows",
+    "row_operand",
+    "slots",
+]
 
 SLOTS = ("x", "g", "q", "state", "out")  # operands of LocalArgs in csrc/api.h, in this order
-ONE = np.ones(1)
 
 
 @dataclass
@@ -47,6 +55,11 @@ class Operand:
     def piece(self, p: int) -> Any:
         """Return the array of piece `p`, of any shape."""
         return self.arrays if self.shared else self.arrays[p]
+
+    def tensors(self) -> list[Any]:
+        """Return its torch tensors."""
+        arrays = self.arrays if isinstance(self.arrays, list) else [self.arrays]
+        return [x for x in arrays if not isinstance(x, np.ndarray)]
 
 
 @dataclass
@@ -81,19 +94,14 @@ class Pieces:
         """Number of groups."""
         return len(self.first_piece) - 1
 
-    def deliver(self) -> None:
+    def deliver(self, written: Iterable[str] | None = None) -> None:
         """Put the results where the caller has its arrays, and tell autograd of the change."""
-        torch = sys.modules.get("torch")
-        for name in self.written:
+        for name in self.written if written is None else written:
             operand = self.operands[name]
             for target, values in operand.copies:
                 _arrays.assign(target, values)
-            if torch is None:
-                continue
-            arrays = operand.arrays if isinstance(operand.arrays, list) else (operand.arrays,)
-            for x in arrays:
-                if not isinstance(x, np.ndarray):
-                    torch.autograd.graph.increment_version(x)  # written through its address
+            for x in operand.tensors():
+                sys.modules["torch"].autograd.graph.increment_version(x)  # written by its address
 
 
 # ---- one model: the tensors of one group -------------------------------------------------------
@@ -212,7 +220,7 @@ def parse_rows(given: dict[str, tuple[str, Any]], written: tuple[str, ...]) -> P
     names = {slot: name for slot, (name, _) in given.items()}
     rows, d = first.shape
     for slot in written:
-        _check_rows_disjoint(slot, names, operands, rows, d, _itemsize(first))
+        check_rows_apart(slot, names, operands, first)
     code = _arrays.DTYPE_CODES[_arrays.dtype_name(first)]
     return Pieces(
         list(range(rows + 1)),
@@ -279,20 +287,18 @@ def _row_stride(x: Any) -> int | None:
     return strides[0] if strides[0] >= d * item else None
 
 
-def _check_rows_disjoint(
-    slot: str,
-    names: dict[str, str],
-    operands: dict[str, Operand],
-    rows: int,
-    d: int,
-    item: int,
+def check_rows_apart(
+    slot: str, names: dict[str, str], operands: dict[str, Operand], like: Any
 ) -> None:
-    mine, width = operands[slot], d * item
+    """Raise where rows of `slot` share memory with those of the other operands in `names`."""
+    rows, d = like.shape
+    mine, width = operands[slot], d * _itemsize(like)
     if not rows or not d:
         return
-    for other, theirs in operands.items():
+    for other in names:
         if other == slot:
             continue
+        theirs = operands[other]
         same_place = theirs.base == mine.base and theirs.stride == mine.stride
         if slot == "out" and same_place:
             continue
@@ -308,85 +314,30 @@ def _check_rows_disjoint(
             raise InvalidInputError(f"{names[slot]}: it shares memory with {names[other]}")
 
 
-# ---- numbers -----------------------------------------------------------------------------------
-
-
-def parse_number(
-    value: Any, name: str, groups: int | None, *, positive: bool = False
-) -> float | np.ndarray:
-    """Check a number, or with `groups` also float64 (groups,); `positive` allows infinity.
+def check_in_place(operands: dict[str, Operand], given: dict[str, tuple[str, Any]]) -> None:
+    """Raise unless kernels read and write the arrays themselves, and no copies of them.
 
     Raises
     ------
     InvalidInputError
-        It is neither.
+        An array has gaps.
     """
-    if type(value) is not float:
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool):
-            value = float(value)
-        elif groups is not None and not isinstance(value, bool | str) and value is not None:
-            return _column(value, name, groups, positive)
+    for slot, (name, value) in given.items():
+        operand = operands[slot]
+        if isinstance(operand.arrays, list):
+            layout, arrays = _updates.flatten(value, name)
+            found = operand.addresses
         else:
-            raise InvalidInputError(f"{name}: expected {_wanted(positive)}, got {value!r}")
-    if value > 0 if positive else math.isfinite(value):
-        return value
-    raise InvalidInputError(f"{name}: expected {_wanted(positive)}, got {value!r}")
-
-
-def _wanted(positive: bool) -> str:
-    return "a number above 0, or None" if positive else "a finite number"
-
-
-def _column(value: Any, name: str, groups: int, positive: bool) -> np.ndarray:
-    if _arrays.is_torch(value):
-        value = value.detach().cpu().numpy()
-    try:
-        column = np.ascontiguousarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        column = np.empty((0, 0))
-    if column.shape != (groups,):
-        raise InvalidInputError(f"{name}: expected one number, or ({groups},) of them")
-    if not ((column > 0) if positive else np.isfinite(column)).all():
-        raise InvalidInputError(f"{name}: expected {_wanted(positive)} in every place")
-    return column
+            layout, arrays, found = None, [value], [operand.base]
+        for j, (x, address) in enumerate(zip(arrays, found, strict=True)):
+            if address and _arrays.address(x) != address:
+                label = name if layout is None else layout.label(name, j)
+                raise InvalidInputError(
+                    f"{label}: expected an array without gaps, which stays where it is; this one "
+                    "would have to be copied at every call"
+                )
 
 
 def slots(**given: Any) -> dict[str, tuple[str, Any]]:
     """Return operands that are there, by slot; a value is (name of the argument, array)."""
     return {slot: pair for slot, pair in given.items() if pair[1] is not None}
-
-
-def is_rows(x: Any) -> bool:
-    """Whether a prepared call takes `x` for rows of a matrix."""
-    return bool(_arrays.is_array(x) and x.ndim == 2)
-
-
-def active_rows(active: Any, groups: int) -> Any:
-    """Check which rows take part: None (all), a count of first rows, or (groups,) bool.
-
-    Raises
-    ------
-    InvalidInputError
-        It is something else.
-    """
-    if active is None:
-        return None
-    if isinstance(active, int | np.integer) and not isinstance(active, bool):
-        if 0 <= active <= groups:
-            return int(active)
-    else:
-        flags = active.cpu().numpy() if _arrays.is_torch(active) else np.asarray(active)
-        if flags.dtype == bool and flags.shape == (groups,):
-            return np.ascontiguousarray(flags)
-    raise InvalidInputError(
-        f"active: expected ({groups},) of bool, or a number of first rows from 0 to {groups}"
-    )
-
-
-def chosen_groups(active: Any, groups: int) -> Iterable[int] | Sequence[int]:
-    """Return the numbers of the groups that take part."""
-    if active is None:
-        return range(groups)
-    if isinstance(active, int):
-        return range(active)
-    return np.flatnonzero(active).tolist()

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from flcore import _arrays, _updates
-from flcore.ops._local_pieces import Pieces, active_rows, one_model, parse_number, parse_rows, slots
+from flcore.ops._local_numbers import active_rows, parse_number
+from flcore.ops._local_pieces import Pieces, one_model, parse_rows, slots
 from flcore.ops.local_step import EPS, run
 
 __all__ = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flcore.errors import InvalidInputError
-from flcore.ops._local_pieces import Pieces, active_rows, one_model, parse_number, parse_rows, slots
+from flcore.ops._local_numbers import active_rows, parse_number
+from flcore.ops._local_pieces import Pieces, one_model, parse_rows, slots
 from flcore.ops._local_shift import _like, _like_rows
 from flcore.ops.local_step import run
 

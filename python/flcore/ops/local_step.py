@@ -9,20 +9,19 @@ import numpy as np
 
 from flcore import _native, _variants
 from flcore.errors import InvalidInputError
-from flcore.ops._local_pieces import (
-    SLOTS,
-    Operand,
-    Pieces,
-    active_rows,
-    is_rows,
-    one_model,
-    parse_number,
-    parse_rows,
-    row_operand,
-    slots,
-)
+from flcore.ops._local_numbers import active_rows, parse_number
+from flcore.ops._local_pieces import SLOTS, Operand, Pieces, one_model, parse_rows, slots
 
-__all__ = ["CLIP_MODES", "KINDS", "LocalStep", "local_step", "local_step_rows", "run"]
+__all__ = [
+    "CLIP_MODES",
+    "EPS",
+    "KINDS",
+    "local_step",
+    "local_step_rows",
+    "place",
+    "run",
+    "take_step",
+]
 
 KINDS = ("step", "norm", "shift", "sam", "update", "dual", "control")  # LocalKind in csrc/api.h
 CLIP_MODES = ("reference", "full")
@@ -203,148 +202,6 @@ def local_step_rows(
     pieces.deliver()
 
 
-class LocalStep:
-    """Local steps on arrays that stay where they are: checked and looked up once.
-
-    A call of `step` then costs some microseconds beside the arithmetic, which matters where models
-    are small.
-
-    Parameters
-    ----------
-    x : (rows, d) array, or the tensors of one model
-        A matrix is a model a row, as in `local_step_rows`; anything else is one model, as in
-        `local_step`. (One model that is a matrix goes in a list.)
-    g, q, buffer : like x, optional
-        As there; without `g` each call brings its own.
-    out : like x, optional
-        Where `sam` writes.
-    variant : {"reference", "cpu", "triton"}, optional
-
-    Raises
-    ------
-    InvalidInputError, DTypeError, VariantUnavailableError
-        As `local_step`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from flcore.ops import LocalStep
-    >>> x, g = np.zeros((2, 3)), np.ones((2, 3))
-    >>> steps = LocalStep(x, g)
-    >>> steps.step(0.5)
-    >>> steps.step(0.5, active=1)
-    >>> x
-    array([[-1. , -1. , -1. ],
-           [-0.5, -0.5, -0.5]])
-    """
-
-    def __init__(
-        self,
-        x: Any,
-        g: Any = None,
-        q: Any = None,
-        buffer: Any = None,
-        *,
-        out: Any = None,
-        variant: str | None = None,
-    ) -> None:
-        self._rows = is_rows(x)
-        self._x = x
-        given = slots(
-            x=("x", x), g=("g", g), q=("q", q), state=("buffer", buffer), out=("out", out)
-        )
-        written = ("x", *(slot for slot in ("state", "out") if slot in given))
-        self._pieces = (parse_rows if self._rows else one_model)(given, written)
-        self._groups = self._pieces.groups if self._rows else None
-        self._variant = variant
-        self._g = g
-
-    def step(
-        self,
-        lr: Any,
-        alpha: Any = 1.0,
-        decay: Any = 0.0,
-        clip: Any = None,
-        momentum: Any = 0.0,
-        *,
-        g: Any = None,
-        clip_mode: str = "reference",
-        nesterov: bool = False,
-        first: bool = False,
-        active: Any = None,
-    ) -> None:
-        """Take a step; `g`, if given, takes the place of the gradient that was there before.
-
-        Parameters
-        ----------
-        g : like x, optional
-        lr, alpha, decay, clip, momentum, clip_mode, nesterov, first, active
-            As `local_step_rows`.
-
-        Raises
-        ------
-        InvalidInputError, DTypeError, VariantUnavailableError
-            As `local_step`.
-        """
-        self._gradient(g)
-        take_step(
-            self._pieces,
-            lr,
-            alpha,
-            decay,
-            clip,
-            clip_mode,
-            momentum,
-            nesterov,
-            first,
-            rows=self._groups,
-            active=active,
-            variant=self._variant,
-        )
-        self._pieces.deliver()
-
-    def sam(self, rho: Any, *, g: Any = None, eps: float = EPS, active: Any = None) -> None:
-        """Write ``x + rho / (||g|| + eps) g`` into `out`; see `flcore.ops.sam_shift`.
-
-        Raises
-        ------
-        InvalidInputError, DTypeError, VariantUnavailableError
-            As `local_step`; InvalidInputError also without `out`.
-        """
-        self._gradient(g)
-        if "out" not in self._pieces.operands:
-            raise InvalidInputError("out: sam needs an array to write into, given at the start")
-        run(
-            self._pieces,
-            "sam",
-            rate=parse_number(rho, "rho", self._groups),
-            eps=parse_number(eps, "eps", None),
-            active=active_rows(active, self._groups or 1),
-            variant=self._variant,
-        )
-        self._pieces.deliver()
-
-    def _gradient(self, g: Any) -> None:
-        if g is None:
-            if self._g is None:
-                raise InvalidInputError("g: expected a gradient, here or at the start")
-            return
-        if g is self._g:
-            return
-        pieces = self._pieces
-        if self._rows:
-            operand = row_operand(g, "g", self._x, False, False)
-        else:
-            fresh = one_model(slots(x=("x", self._x), g=("g", g)), ())
-            operand = fresh.operands["g"]
-        pieces.operands["g"] = operand
-        self._g = g
-        core = pieces.cache.get("core")
-        if core is not None:
-            _place(core, 1, operand)
-        pieces.cache.pop("tables", None)
-
-
 # ---- what all forms share ----------------------------------------------------------------------
 
 
@@ -403,7 +260,8 @@ def _in_torch_compile(x: Any) -> bool:
 # ---- variants ----------------------------------------------------------------------------------
 
 
-def _place(core: Any, slot: int, operand: Operand) -> None:
+def place(core: Any, slot: int, operand: Operand) -> None:
+    """Tell the kernel where the pieces of an operand are."""
     if operand.addresses or isinstance(operand.arrays, list):
         core.set(slot, operand.addresses)
     else:
@@ -434,7 +292,7 @@ def _local_step_cpu(
         core = _native.core.LocalCall(pieces.first_piece, pieces.numel, pieces.codes)
         for slot, name in enumerate(SLOTS):
             if name in pieces.operands:
-                _place(core, slot, pieces.operands[name])
+                place(core, slot, pieces.operands[name])
         cache["core"], cache["work"] = core, sum(pieces.numel)
     if with_q is None:
         with_q = kind == "step" and "q" in pieces.operands

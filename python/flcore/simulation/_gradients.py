@@ -20,7 +20,7 @@ from flcore import _variants
 from flcore.algorithms.tools import BatchLoss
 from flcore.ops import _rowloss_prepare as prepare
 from flcore.ops.rowloss import BOTH, RowLossForm
-from flcore.simulation._network import MeanLoss, Network
+from flcore.simulation._functional import FunctionalModel, MeanLoss
 from flcore.simulation._replay import Replay
 from flcore.simulation._trace import Trace, record
 
@@ -100,7 +100,7 @@ class Gradients:
 
     Parameters
     ----------
-    network : Network
+    network : FunctionalModel
     loss : {"softmax", "stablemax"}
     function : callable
         The same, as `torch.nn.functional.cross_entropy` is called.
@@ -116,7 +116,7 @@ class Gradients:
 
     def __init__(
         self,
-        network: Network,
+        network: FunctionalModel,
         loss: str,
         function: Callable[..., torch.Tensor],
         batch_loss: BatchLoss | None,

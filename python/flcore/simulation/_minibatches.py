@@ -57,17 +57,19 @@ def blocks(views: Sequence[DataView]) -> Iterator[Block]:
     """Yield the mini-batches of clients, of whom those with most steps come first.
 
     A client that has done its steps gets batches of weight 0 until it falls away, `round_up` of the
-    number of those left at a time.
+    number of those left at a time.  Batches above half of the largest size are filled up to that:
+    short last batches of an epoch then make no new block.
     """
     counts = np.array([len(view.sizes) for view in views])
     steps = int(counts.max(initial=0))
     sizes = np.zeros((len(views), steps), np.int64)
     sizes[np.arange(steps) < counts[:, None]] = np.concatenate([view.sizes for view in views])
     ends = np.cumsum(sizes).reshape(sizes.shape)
-    active = (sizes > 0).sum(0)
+    active = (sizes > 0).sum(0).tolist()
+    largest = sizes.max(0).tolist()
     shapes = [
-        (min(len(views), round_up(int(n))), round_up(int(size)))
-        for n, size in zip(active, sizes.max(0), strict=True)
+        (min(len(views), round_up(n)), round_up(size if 2 * size <= max(largest) else max(largest)))
+        for n, size in zip(active, largest, strict=True)
     ]
     per_step = max(n * size for n, size in shapes)
     for first in range(0, steps, max(LONGEST // per_step, 1)):

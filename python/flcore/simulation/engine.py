@@ -139,7 +139,7 @@ class Simulation(Rounds):
         if isinstance(model, str):
             rng = generator(settings.seed, Purpose.MODEL)
             model = build_model(model, self.data.example_shape, len(self.data.classes), rng)
-        network: torch.nn.Module = self.algorithm.prepare_model(model)
+        network: Any = self.algorithm.prepare_model(model)
         own = np.empty(0, np.int64)  # the server's examples
         rest = np.arange(len(self.data.y_train))
         if settings.base_bits is not None and named:

@@ -131,11 +131,6 @@ class LocalTrainer:
         return self.layout.trained
 
     @property
-    def torch(self) -> Any:
-        """The module torch."""
-        return self._torch
-
-    @property
     def model(self) -> torch.nn.Module:
         """The module, with the numbers of the last call."""
         return self._model
@@ -155,7 +150,7 @@ class LocalTrainer:
         self._x.copy_(start)
         self._model.train()
         torch.manual_seed(job.seed)
-        losses: list[torch.Tensor] = []
+        losses: list[Any] = []
         batches = self._batches(job.view)
         batch: list[Any] = [-1, None, None]
         aux = {
@@ -163,7 +158,7 @@ class LocalTrainer:
             for name, value in job.work.aux.items()
         }
 
-        def gradient(rows: torch.Tensor, k: int) -> torch.Tensor:
+        def gradient(rows: Any, k: int) -> Any:
             if k != batch[0]:
                 batch[:] = [k, *next(batches)]
             elsewhere = rows.data_ptr() != self._x.data_ptr()
@@ -299,8 +294,19 @@ class LocalTrainer:
 
 
 def choose_trainer(trainer: LocalTrainer, settings: Any, algorithm: Any) -> Any:
-    """Give what trains the clients of a round: the trainer itself, one client after another."""
-    return trainer
+    """Give what trains the clients of a round: the trainer itself, or one that batches them."""
+    if settings.execution == "sequential":
+        return trainer
+    from flcore.simulation import batched
+
+    return batched.choose_trainer(
+        trainer,
+        execution=settings.execution,
+        participants=settings.participants,
+        loss=settings.loss,
+        optimizer=settings.optimizer,
+        batch_loss=algorithm.batch_loss(),
+    )
 
 
 def _run(model: Any, x: Any, features: bool, options: dict[str, Any]) -> Any:

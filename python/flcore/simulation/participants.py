@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flcore._extras import require
 from flcore.algorithms.layout import Layout, Vector
 from flcore.algorithms.state import Client, DataView, Payload
 from flcore.simulation.attacks import check_attackers
@@ -82,7 +83,7 @@ class Tools:
         return self._trainer.functional(x, parameters, **options)
 
     def _examples(self, x: Any, y: Any) -> tuple[Any, Any]:
-        torch = self._trainer.torch
+        torch = require("torch", extra="train")
         x = self.x if x is None else torch.as_tensor(x)
         return x, (self.y if y is None else torch.as_tensor(y))
 

@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 from flcore.algorithms.layout import Layout
 
-__all__ = ["MeanLoss", "Network"]
+__all__ = ["FunctionalModel", "MeanLoss"]
 
 
-class Network:
+class FunctionalModel:
     """A module as a function of its parameters.
 
     Parameters
