@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flcore.aggregation import NNM, GeometricMedian, TrimmedMean
+from flcore.bench.attacks import AttackRow, attacks_markdown, run_attacks
 from flcore.errors import InvalidInputError
 from flcore.simulation import Settings, run
 from flcore.simulation.attacks import (
@@ -165,3 +166,21 @@ def test_robust_rules_do_not_see_what_econtrol_sends():
     with pytest.raises(InvalidInputError, match=r"aggregation: .*EControl and EF21"):
         Settings(aggregation="median")
     assert check_attackers(None, 0, 10) == 0
+
+
+def test_a_table_of_attacks_by_hand():
+    row = AttackRow("alie", {"mean": (0.5, 0.25), "median": (1.0, 1.0)})
+    text = attacks_markdown([row])
+    assert text.splitlines()[0].endswith("| `mean` | `median` |")
+    assert text.splitlines()[2] == "| `alie` | 37.5 (25.0) | 100.0 (100.0) |"
+
+
+@pytest.mark.slow
+def test_a_fifth_of_attackers_breaks_the_mean_and_no_robust_rule():
+    """Two seeds; the margins are several deviations wide."""
+    plain, flip, alie = run_attacks((0, 1), (None, "sign-flip:scale=5", "alie:z=20"))
+    for row in (flip, alie):
+        mean, *robust = row.accuracy.values()
+        assert max(mean) < 0.5
+        assert min(min(found) for found in robust) > 0.85
+    assert min(min(found) for found in plain.accuracy.values()) > 0.9

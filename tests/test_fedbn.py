@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from algorithm_problem import PLAIN, blobs, play, simulation
 from flcore.algorithms import Client, FedAvg, FedBN, Layout
 from flcore.errors import InvalidInputError
-from flcore.simulation import Dataset
+from flcore.simulation import Dataset, load_dataset
 from flcore.simulation.kinds import module_kinds
 
 nn = torch.nn
@@ -184,8 +184,6 @@ def test_layout_keeps_kinds_when_groups_change():
 
 
 def domains(algorithm, model, seed, rounds):
-    from flcore.simulation import load_dataset
-
     run = simulation(algorithm, model, load_dataset("digits-domains"), rounds=rounds, seed=seed)
     return np.mean([run.step().accuracy for _ in range(rounds)][-5:])
 

@@ -142,6 +142,18 @@ def test_batches_are_full_and_as_many_as_the_phases_need():
     assert view.sizes == [8] * 4
 
 
+def test_domain_head_leaves_the_classes_alone_and_depends_on_its_seed_only():
+    body, head = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    model, again = (DomainAdversarial(body, head, 3, seed=1) for _ in range(2))
+    x = torch.randn(5, 2)
+    scores, domains = model(x, reversal=0.7)
+    assert torch.equal(scores, head(body(x))) and torch.equal(model(x), scores)
+    assert torch.equal(domains, again(x, reversal=0.1)[1])
+    assert not torch.equal(domains, DomainAdversarial(body, head, 3, seed=2)(x, reversal=0.7)[1])
+    with pytest.raises(InvalidInputError, match="domains from 2"):
+        DomainAdversarial(body, head, 3, domains=1)
+
+
 # ---- server --------------------------------------------------------------------------------------
 
 

@@ -319,6 +319,30 @@ def test_prepared_steps_of_one_model(rng):
         steps.sam(0.1)
 
 
+def test_prepared_steps_take_no_copies(rng):
+    x, g, h = rng.standard_normal((3, 4, 6))
+    for call in (
+        lambda: LocalStep(x, np.asfortranarray(g)),
+        lambda: LocalStep([x[:, ::2]], [g[:, ::2].copy()]),
+        lambda: LocalStep(x, g).step(0.1, g=np.asfortranarray(h)),
+        lambda: LocalStep([x], [g]).step(0.1, g=[h[::2].repeat(2, 0)[:, ::-1]]),
+    ):
+        with pytest.raises(InvalidInputError, match="expected an array without gaps"):
+            call()
+    with pytest.raises(InvalidInputError, match="x: it shares memory with g"):
+        LocalStep(x, g).step(0.1, g=x)
+    before = x.copy()
+    steps = LocalStep(x, g)
+    for bad in (dict(lr=np.nan), dict(lr=0.1, clip=-1.0), dict(lr=0.1, momentum=0.5)):
+        for _ in range(2):  # before and after the quick way is open
+            with pytest.raises(InvalidInputError):
+                steps.step(**bad)
+            assert (x == before).all()
+        steps.step(0.0)
+    with pytest.raises(InvalidInputError, match="active: expected"):
+        steps.step(0.0, active=5)
+
+
 # ---- torch -------------------------------------------------------------------------------------
 
 if HAS_TORCH:

@@ -41,6 +41,7 @@ class FusedSteps:
         self._momentum = first.momentum
         self._key: Any = None
         self._kernel: Any = None
+        self._active: list[Any] = []
 
     def takes(self, g: Any) -> bool:
         """Whether the kernel reads this gradient where it is."""
@@ -48,8 +49,8 @@ class FusedSteps:
 
     def step(self, g: Any, n: int, k: int) -> None:
         """Take step `k` of the first `n` rows; g is (n, d)."""
-        numbers = (_first(number, n) for number in self._numbers)
-        self._prepare(g, n).step(*numbers, self._momentum, first=k == 0, **self._options)
+        kernel = self._prepare(g, n)
+        kernel.step(*self._active, self._momentum, first=k == 0, **self._options)
 
     def ascend(self, g: Any, n: int) -> Any:
         """Give ``x + rho g / (||g|| + epsilon)`` for the first `n` rows; the same memory again."""
@@ -63,6 +64,7 @@ class FusedSteps:
             rows = (None if a is None else a[:n] for a in (self._q, self._buffer))
             beside = None if self._beside is None else self._beside[:n]
             self._kernel = LocalStep(self._x[:n], g, *rows, out=beside)
+            self._active = [_first(number, n) for number in self._numbers]
             self._key = n, address
         return self._kernel
 

@@ -133,7 +133,7 @@ class Algorithm(ABC):
         """Give the model's layout with the groups that its tensors belong to."""
         return layout
 
-    def server_begin(self, server: Server) -> None:
+    def server_begin(self, server: Server) -> None:  # noqa: B027
         """Put into `server.state` what the server keeps beside the model."""
 
     def one_time_exchange(

@@ -193,7 +193,7 @@ def local_steps(
     from flcore.algorithms._rows import Rows
 
     rows = Rows(x, specs)
-    remaining = np.asarray(steps)
-    for k in range(int(remaining.max(initial=0))):
-        rows.step(int((remaining > k).sum()), k, gradient)
+    counts = np.asarray(steps)[:, None] > np.arange(max(steps, default=0))
+    for k, active in enumerate(counts.sum(0).tolist()):
+        rows.step(active, k, gradient)
     rows.finish()

@@ -31,6 +31,7 @@ TRAINING = "training"
 GROKKING = "grokking"
 QUANTIZED = "quantized-transformer"
 DIGITS_HARD = "digits-hard"
+ATTACKS = "attacks"
 
 _Found = TypeVar("_Found")
 
@@ -69,7 +70,8 @@ def bench(
             "and StableMax (half an hour); "
             "'quantized-transformer': loss of a small transformer in low bits, with and without "
             "AWQ and OS+ (ten minutes); "
-            "'digits-hard': federated algorithms on very unlike clients (ten minutes)."
+            "'digits-hard': federated algorithms on very unlike clients (ten minutes); "
+            "'attacks': robust rules with a fifth of attackers (ten minutes)."
         ),
     ] = None,
     json: Annotated[
@@ -147,6 +149,8 @@ def bench(
         return _quantized(tiny, text, files)
     if family == DIGITS_HARD:
         return _digits_hard(tiny, files)
+    if family == ATTACKS:
+        return _attacks(tiny, files)
     if plot is not None:
         raise typer.BadParameter(
             f"only {SCALING!r}, {TRAINING!r}, {GROKKING!r}, {QUANTIZED!r} and {DIGITS_HARD!r} "
@@ -243,6 +247,19 @@ def _digits_hard(tiny: bool, files: _Files) -> None:
     text = digits_hard.digits_hard_markdown(rows)
     Console().print(text, markup=False, soft_wrap=True)
     files.write(rows, text, digits_hard.write_digits_hard_json, digits_hard.draw)
+
+
+def _attacks(tiny: bool, files: _Files) -> None:
+    from flcore.bench import attacks
+
+    if files.plot is not None:
+        raise typer.BadParameter(f"{ATTACKS!r} has no plot", param_hint="--plot")
+    seeds, rounds = ((0,), 1) if tiny else ((0, 1, 2, 3), attacks.ROUNDS)
+    with _progress_bar(None) as tell:
+        rows = attacks.run_attacks(seeds, rounds=rounds, tell=tell)
+    text = attacks.attacks_markdown(rows)
+    Console().print(text, markup=False, soft_wrap=True)
+    files.write(rows, text, attacks.write_attacks_json, lambda rows, path: None)
 
 
 def _require_gpu() -> None:

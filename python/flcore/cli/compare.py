@@ -1,4 +1,4 @@
-"""`flcore compare`: several algorithms under equal conditions; `flcore algorithms`: what there is."""
+"""`flcore compare`: algorithms under equal conditions; `flcore algorithms`: what there is."""
 
 from __future__ import annotations
 

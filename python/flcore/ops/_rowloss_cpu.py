@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flcore import _arrays, _native
 from flcore.ops._rowloss_call import MAPS, RowCall
 
-__all__ = ["rowloss"]
+__all__ = ["prepared", "rowloss"]
 
 
 _OUTPUTS = ("grad", "loss", "rest", "own", "shift")
@@ -25,6 +27,11 @@ _MAPS = {name: i for i, name in enumerate(MAPS)}
 
 def rowloss(call: RowCall, mode: int) -> None:
     """Run one call; see `flcore.ops._rowloss_call.RowCall`."""
+    prepared(call, mode)()
+
+
+def prepared(call: RowCall, mode: int) -> Callable[[], None]:
+    """Give the call of the kernel, to be run again and again while its arrays stay."""
     form, labels = call.form, call.labels
     options: dict[
         str, Any
@@ -48,7 +55,8 @@ def rowloss(call: RowCall, mode: int) -> None:
         value = getattr(form, name)
         if value != default:
             options[name] = value
-    _native.core.rowloss(
+    return partial(
+        _native.core.rowloss,
         mode,
         rows=call.rows,
         classes=call.classes,

@@ -19,9 +19,11 @@ from torch.func import vmap
 from flcore import _variants
 from flcore.algorithms.tools import BatchLoss
 from flcore.ops import _rowloss_prepare as prepare
+from flcore.ops._rowloss_call import RowCall
+from flcore.ops._rowloss_cpu import prepared
 from flcore.ops.rowloss import BOTH, RowLossForm
 from flcore.simulation._functional import FunctionalModel, MeanLoss
-from flcore.simulation._replay import Replay
+from flcore.simulation._replay import Call, Replay
 from flcore.simulation._trace import Trace, record
 
 __all__ = ["Extra", "Gradients", "Kind", "Plan"]
@@ -316,7 +318,7 @@ class Plan:
         self._extra = extra.tensors(clients)
         self._values = torch.empty(0)
         self._losses = torch.zeros(clients, kind.size, device=owner.device)
-        self._runs: dict[bool, Callable[[], torch.Tensor]] = {}
+        self._runs: dict[bool, tuple[list[Call], torch.Tensor]] = {}
         self.nbytes = 0
 
     def load(
@@ -333,23 +335,21 @@ class Plan:
         weight : (clients * size,) float32
         """
         torch.index_select(x, 0, index, out=self._examples)
-        if self._classes:  # the kernel is told where they are
-            self._labels, self._shares = y, weight
-        else:
-            self._labels.copy_(y)
-            self._shares.copy_(weight)
+        self._labels.copy_(y)
+        self._shares.copy_(weight)
 
     def run(self, shifted: bool) -> None:
         """Put the gradients into `Gradients.g`."""
         if shifted not in self._runs:
             self._runs[shifted] = (self._with_kernel if self._classes else self._alone)(shifted)
-        self._values = self._runs[shifted]()
+        calls, self._values = self._runs[shifted]
+        for call in calls:
+            call()
 
     def note_losses(self) -> None:
         """Add up the losses of the last run."""
         if self._classes:
-            shares = self._shares.view(self._losses.shape)
-            torch.addcmul(self._losses, self._values, shares, out=self._losses)
+            torch.addcmul(self._losses, self._values, self._weight, out=self._losses)
         else:
             self._losses[:, 0] += self._values
 
@@ -367,37 +367,26 @@ class Plan:
         self.nbytes += replay.nbytes
         return replay
 
-    def _alone(self, shifted: bool) -> Callable[[], torch.Tensor]:
-        """Give the function for losses that are part of the trace."""
+    def _alone(self, shifted: bool) -> tuple[list[Call], torch.Tensor]:
+        """Give the calls for losses that are part of the trace, and the losses."""
         replay = self._replay(shifted, self._x, self._y, self._weight, *self._extra)
-        calls, values = replay.early + replay.late, replay.outputs[0]
+        return replay.early + replay.late, replay.outputs[0]
 
-        def run() -> torch.Tensor:
-            for call in calls:
-                call()
-            return values
-
-        return run
-
-    def _with_kernel(self, shifted: bool) -> Callable[[], torch.Tensor]:
-        """Give the function for losses that come from the scores."""
+    def _with_kernel(self, shifted: bool) -> tuple[list[Call], torch.Tensor]:
+        """Give the calls for losses that come from the scores, and the losses."""
         upstream = self._weight.new_zeros(*self._weight.shape, self._classes)
         replay = self._replay(shifted, upstream, self._x, late=self._trace.inputs[0])
-        early, late = replay.early, replay.late
         loss = prepare.prepare(replay.outputs[0], self._y, self._owner.form, -1)
-        loss.loss = prepare.empty_rows(loss)
+        loss.loss, loss.upstream = prepare.empty_rows(loss), self._shares
         aside = prepare.attach_gradient(loss, upstream)
+        kernel: list[Call] = [_rowloss(loss)]
         if aside is not None:
-            late = [partial(upstream.copy_, aside), *late]
-        kernel = _variants.choose("rowloss", loss.device, None)
+            kernel.append(partial(upstream.copy_, aside))
+        return [*replay.early, *kernel, *replay.late], loss.loss
 
-        def run() -> torch.Tensor:
-            for call in early:
-                call()
-            loss.labels, loss.upstream = self._labels, self._shares
-            kernel(loss, BOTH)
-            for call in late:
-                call()
-            return loss.loss
 
-        return run
+def _rowloss(loss: RowCall) -> Call:
+    """Give the call of the kernel for losses and gradients of rows of scores."""
+    if loss.device == "cpu":
+        return prepared(loss, BOTH)
+    return partial(_variants.choose("rowloss", loss.device, None), loss, BOTH)
