@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 from flcore.algorithms import create
-from flcore.simulation import Settings, Simulation, load_dataset
+from flcore.simulation import Observer, Settings, Simulation, load_dataset, run
 
 PARAMETERS, CLIENTS, PARTICIPANTS = 4810, 12, 4
 
@@ -37,9 +37,14 @@ def digits():
     return load_dataset("digits").limited(360)
 
 
-def simulation(data, name, **options):
+def simulation(data, name, execution="auto", **options):
     settings = Settings(
-        rounds=4, clients=CLIENTS, participation=PARTICIPANTS, codec=None, feedback=None
+        rounds=4,
+        clients=CLIENTS,
+        participation=PARTICIPANTS,
+        codec=None,
+        feedback=None,
+        execution=execution,
     )
     algorithm = create(name, **{"local_epochs": 2, "weighting": "uniform", **options})
     return Simulation(algorithm, "mlp", data, settings)
@@ -113,3 +118,60 @@ def test_reductions_hold_to_the_last_bit_in_training(name, options, other, digit
         mine.step()
         theirs.step()
     np.testing.assert_array_equal(mine.server.model, theirs.server.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in VECTORS),
+        ("fedprox", {"mu": 0.5, "form": "direct"}),
+        ("fednova", {"mu": 0.1}),
+        ("fedspeed", {"merge": 0.5}),
+        ("fedspeed", {"normalised": False, "server_term": "active"}),
+        ("fedsam", {"adaptive": True}),
+        ("scaffold", {"option": "I", "weighting": "examples"}),
+    ],
+)
+def test_clients_trained_together_or_in_turn_give_the_same(name, options, digits):
+    together = simulation(digits, name, "batched", **options)
+    in_turn = simulation(digits, name, "sequential", **options)
+    for _ in range(2):
+        together.step()
+        in_turn.step()
+    np.testing.assert_allclose(together.server.model, in_turn.server.model, rtol=0, atol=1e-5)
+    for client, state in in_turn.clients.states.items():
+        for kept, value in state.items():
+            other = together.clients.states[client][kept]
+            scale = 1 + np.abs(value).max()  # control variates are gradients
+            np.testing.assert_allclose(other, value, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("scaffold", {"option": "I"}),
+        ("feddyn", {"weighting": "examples"}),
+        ("fedsmoo", {}),
+        ("fedcm", {}),
+        ("fedgps", {}),
+        ("fedyogi", {}),
+        ("fednova", {"server_momentum": 0.9}),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(name, options, digits, tmp_path):
+    class Stop(Observer):
+        def should_stop(self):
+            return True
+
+    algorithm = create(name, local_epochs=1, **options)
+    settings = Settings(rounds=4, clients=6, participation=4, codec=None, feedback=None)
+    whole = run(algorithm, "mlp", digits, settings)
+    for _ in range(3):
+        part = run(
+            algorithm, "mlp", digits, settings, output=tmp_path / "a", resume=True, observer=Stop()
+        )
+        assert len(part) < 4
+    rest = run(algorithm, "mlp", digits, settings, output=tmp_path / "a", resume=True)
+    assert [r.accuracy for r in rest] == [r.accuracy for r in whole]
+    for tensor in whole.model:
+        np.testing.assert_array_equal(rest.model[tensor], whole.model[tensor])

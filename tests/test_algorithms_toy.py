@@ -329,6 +329,16 @@ def test_clients_of_stateless_methods_keep_nothing(name):
 # ---- steps and servers in closed form ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["linear", "direct"])
+def test_long_local_training_of_fedprox_ends_at_a_stationary_point(form):
+    mu = 0.5
+    run = toy("fedprox", mu=mu, form=form, steps=(500, 500))
+    for i in (0, 1, 0):
+        w = run.server.model
+        expected = (CURVATURE[i] * OPTIMUM[i] + mu * w) / (CURVATURE[i] + mu)
+        np.testing.assert_allclose(run.play((i,)), expected, rtol=0, atol=1e-14)
+
+
 def test_fedspeed_update_is_a_weighted_sum_of_its_corrected_gradients():
     prox, rho, steps = 0.2, 0.1, 4
     run = toy("fedspeed", prox=prox, rho=rho, steps=(steps, steps))

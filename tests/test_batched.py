@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from batched_problem import CLASSES, EXAMPLES, check_equal, make_jobs, make_trainer
-
 from flcore.algorithms import Ascent, DataView, DualAscent, LocalWork, Shift, StepSpec, UnitClip
 from flcore.algorithms.tools import mean_cross_entropy
 from flcore.errors import InvalidInputError
@@ -197,7 +196,9 @@ def test_losses_with_frozen_models():
 def test_numbers_that_clients_do_not_share():
     one = make_trainer(batch_loss=distance)
     common, *own = vectors(one, 0.1)
-    aux = [{"common": common, "own": v, "mu": mu} for v, mu in zip(own, (0.5, 2.0, 0.5))]
+    aux = [
+        {"common": common, "own": v, "mu": mu} for v, mu in zip(own, (0.5, 2.0, 0.5), strict=True)
+    ]
     check_equal(one, make_jobs(one, (12, 5, 25), aux=aux), batch_loss=distance)
 
 
@@ -211,6 +212,15 @@ def test_a_loss_in_rounds_that_follow():
         jobs = make_jobs(one, (12, 5, 25), aux=aux)
         for a, b in zip(one.train(jobs), trainer.train(jobs), strict=True):
             np.testing.assert_allclose(b.end, a.end, atol=1e-5)
+
+
+def test_a_loss_that_changes_with_the_steps_is_recorded_on_demand_only():
+    one = make_trainer(batch_loss=distance)
+    common, *own = vectors(one, 0.1)
+    jobs = make_jobs(one, (12, 5), aux=[{"common": common, "own": v, "mu": 0.5} for v in own])
+    lenient = BatchedTrainer(one, batch_loss=distance).train(jobs)
+    for a, b in zip(one.train(jobs), lenient, strict=True):
+        np.testing.assert_array_equal(a.end, b.end)
 
 
 def test_labels_with_several_columns():
@@ -302,6 +312,19 @@ def test_random_numbers_without_a_layer_are_noticed():
     one = make_trainer(Noisy(64, CLASSES))
     with pytest.raises(InvalidInputError, match="random"):
         BatchedTrainer(one, strict=True).train(make_jobs(one))
+
+
+def test_operators_that_vmap_does_not_know():
+    from flcore.quantization import quantize_model
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    quantize_model(model, "int4", lora_rank=2)
+    one = make_trainer(model)
+    jobs = make_jobs(one)
+    with pytest.raises(InvalidInputError, match=r"flcore::qmatmul hit the vmap fallback"):
+        BatchedTrainer(one, strict=True).train(jobs)
+    for a, b in zip(one.train(jobs), BatchedTrainer(one).train(jobs), strict=True):
+        np.testing.assert_array_equal(a.end, b.end)
 
 
 def test_auto_takes_what_is_faster():

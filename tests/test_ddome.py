@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,6 +289,17 @@ def test_the_server_trains_the_common_expert_once_and_all_have_it(digits):
     assert first.bytes_down - second.bytes_down > 12 * 4 * size - 2000
 
 
+@pytest.mark.parametrize("options", [{}, {"renormalise": False}, {"mixture": "logits"}])
+def test_clients_trained_together_end_where_they_do_one_after_another(digits, options):
+    algorithm = DDOME(**QUICK, **options)
+    runs = [
+        run(algorithm, "mlp:8", digits, replace(SETTINGS, execution=execution))
+        for execution in ("sequential", "batched")
+    ]
+    for name, value in runs[0].model.items():
+        np.testing.assert_allclose(runs[1].model[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_stopped_run_goes_on_with_the_same_bits(digits, tmp_path):
     class Stop(Observer):
         def should_stop(self) -> bool:
@@ -338,8 +350,8 @@ def test_training_experts_before_the_router_leaves_what_training_both_does_not()
         experts, router = list(model.experts.parameters()), list(model.router.parameters())
         value = torch.zeros(())
         for phase in [[*experts, *router]] * 2 if together else [experts, router]:
-            optimizer = torch.optim.Adam(phase, 0.1)
-            for _ in range(100):
+            optimizer = torch.optim.Adam(phase, 0.2)
+            for _ in range(60):
                 optimizer.zero_grad()
                 value = objective(model, x, y, weight, aux)
                 value.backward()

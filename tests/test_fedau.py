@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from toy_problem import PLAIN, Toy
 
 from flcore.algorithms import Arrival, Arrivals, FedAU, FedAvg, Layout, Server, create
 from flcore.errors import InvalidInputError
+from toy_problem import PLAIN, Toy
 
 
 def start(algorithm: FedAU, clients: int, size: int = 1) -> Server:

@@ -1,4 +1,4 @@
-"""FedAvg against its card: toy vectors by hand, and the identities that must hold in the engine."""
+"""FedAvg: rounds by hand, and the identities that must hold in the engine."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_bad_options_are_named(option, value):
         FedAvg(**{option: value})
 
 
-# ---- identities of the card, in the engine ----
+# ---- identities, in the engine ----
 
 
 def one_round(partition, algorithm, **settings):

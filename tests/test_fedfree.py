@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_layers_are_weights_with_their_biases_and_norms_are_none():
 
 def test_expected_step_goes_to_the_mean_of_the_layers_received():
     rng = np.random.default_rng(0)
-    algorithm, made = server(rng.standard_normal(17), alpha=0.1)
+    algorithm, made = server(rng.standard_normal(17), alpha=0.1, mapping="depth")
     before = made.model.copy()
     sent = [(rng.standard_normal((3, 2)), rng.standard_normal(3)) for _ in range(2)]
     arrivals = Arrivals([message(i, "0", 0.0, w, b) for i, (w, b) in enumerate(sent)])
@@ -178,7 +179,8 @@ def test_enough_probes_lead_to_the_mean_exactly():
 
 @pytest.mark.parametrize("probes", [0, 4])
 def test_layers_equal_to_the_servers_change_nothing(probes):
-    algorithm, made = server(np.random.default_rng(0).standard_normal(17), probes=probes)
+    start = np.random.default_rng(0).standard_normal(17)
+    algorithm, made = server(start, probes=probes, mapping="depth")
     before = made.model.copy()
     named = made.layout.named(before)
     sent = [named["1.weight"].copy(), named["1.bias"].copy()]
@@ -205,10 +207,14 @@ def test_layers_meet_the_nearest_of_their_kind_by_depth_or_all_of_it():
     }
     conv, linear = np.ones((2, 3, 3, 3)), np.ones((7, 7))
     for at, expected in ((0.0, ["1"]), (0.6, ["1"]), (0.75, ["1"]), (0.8, ["2"]), (1.0, ["2"])):
-        assert FedFree().same("x", {"x.weight": linear, "x.depth": at}, named) == expected
-    assert FedFree().same("x", {"x.weight": conv, "x.depth": 1.0}, named) == ["0"]
-    assert FedFree(mapping="kind").same("x", {"x.weight": linear}, named) == ["1", "2"]
-    assert FedFree().same("x", {"x.weight": np.ones((2, 3, 4)), "x.depth": 0.0}, named) == []
+        near = FedFree(mapping="depth").same("x", {"x.weight": linear, "x.depth": at}, named)
+        assert near == expected
+    assert FedFree(mapping="depth").same("x", {"x.weight": conv, "x.depth": 1.0}, named) == ["0"]
+    assert FedFree().same("x", {"x.weight": linear}, named) == ["1", "2"]
+    assert (
+        FedFree(mapping="depth").same("x", {"x.weight": np.ones((2, 3, 4)), "x.depth": 0.0}, named)
+        == []
+    )
 
 
 # ---- what comes back -----------------------------------------------------------------------------
@@ -217,7 +223,7 @@ def test_layers_meet_the_nearest_of_their_kind_by_depth_or_all_of_it():
 def test_the_pair_that_gains_most_is_sent_and_nothing_where_nothing_is_gained():
     spread = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])  # 6 values: log2(6) bits
     start = np.concatenate([spread.ravel(), np.arange(3.0), spread.ravel(), np.arange(2.0)])
-    algorithm, made = server(start)
+    algorithm, made = server(start, mapping="depth")
     two, one = np.array([[0.0, 1.0], [0.0, 1.0]]), np.zeros((2, 2))
     arrivals = Arrivals(
         [
@@ -302,6 +308,63 @@ def test_nothing_sent_is_local_training_alone(digits):
     history = run(FedAvg(local_epochs=1), model, digits, single, partition=[run_.partition[0]])
     expected = np.concatenate([v.ravel() for v in history.model.values()])
     np.testing.assert_allclose(run_.clients.states[0]["personal"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clients_trained_together_end_where_they_do_one_after_another(digits):
+    algorithm = FedFree(pool=("mlp:8", "mlp:8", "mlp:12"), local_epochs=1)
+    ends = []
+    for execution in ("sequential", "batched"):
+        run_ = Simulation(algorithm, "mlp:16", digits, replace(SETTINGS, execution=execution))
+        for _ in range(3):
+            run_.step()
+        ends.append([run_.clients.states[i]["personal"] for i in range(4)])
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def two_classes_each(labels: np.ndarray, examples: int, seed: int) -> list[np.ndarray]:
+    """Give ten clients examples of two classes each, every class at two clients."""
+    rng = np.random.default_rng([11, seed])
+    order, parts = rng.permutation(10), [np.empty(0, np.int64)] * 10
+    for k, label in enumerate(order):
+        halves = np.array_split(rng.permutation(np.flatnonzero(labels == label)), 2)
+        for client, half in zip((k, (k + 1) % 10), halves, strict=True):
+            parts[client] = np.concatenate([parts[client], half])
+    rng = np.random.default_rng(seed)
+    return [np.sort(rng.permutation(np.sort(part))[:examples]) for part in parts]
+
+
+@pytest.mark.slow
+def test_layers_that_changed_most_help_more_than_random_ones():
+    """Two digits and 16 examples a client: see the page of reproductions for the table."""
+    digits = load_dataset("digits")
+    widths = (32, 48, 64, 96)
+    pool = (*(f"mlp:{w}" for w in widths), *(f"mlp:{w},{w}" for w in widths))
+    gains = []
+    for seed in range(2):
+        settings = Settings(
+            rounds=30, clients=10, participation=10, codec=None, feedback=None, seed=seed
+        )
+        accuracies = [
+            run(
+                FedFree(
+                    pool=pool,
+                    choice=choice,
+                    local_epochs=2,
+                    local_lr=0.05,
+                    lr_decay=1.0,
+                    weight_decay=0.0,
+                    clip=None,
+                ),
+                "mlp:64,64",
+                digits,
+                settings,
+                partition=two_classes_each(digits.y_train, 16, seed),
+            ).mean_accuracy(10)
+            for choice in ("change", "random")
+        ]
+        gains.append(accuracies[0] - accuracies[1])
+    assert np.mean(gains) > 0 and min(gains) > -0.01
 
 
 @pytest.mark.parametrize(

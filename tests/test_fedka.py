@@ -9,10 +9,12 @@ torch = pytest.importorskip("torch")
 
 from algorithm_problem import blobs, play, simulation
 from flcore.algorithms import Arrival, Arrivals, FedAvg, FedKA, Layout, Server
-from flcore.algorithms.fedka import ADAM, Alignment, majority, strength
+from flcore.algorithms._votes import majority
+from flcore.algorithms.fedka import ADAM, Alignment, strength
 from flcore.errors import InvalidInputError
 from flcore.losses import multi_kernel_mmd
 from flcore.nn import DomainAdversarial
+from flcore.simulation import load_dataset
 
 SMALL = {"rounds": 6, "batches": 4, "accumulate": 2, "vote_batches": 6, "batch_size": 8}
 TARGET = {"without": (2,), "server_examples": np.arange(24, 36)}
@@ -268,3 +270,23 @@ def test_server_without_target_examples_is_refused():
         FedKA(accumulate=5)
     with pytest.raises(InvalidInputError, match="matching"):
         FedKA(matching="first")
+
+
+def on_the_last_domain(algorithm, rounds):
+    """Accuracy on the domain without labels, mean of the last three rounds."""
+    data = load_dataset("digits-domains")
+    own = data.groups_test == 3
+    data = replace(
+        data, x_test=data.x_test[own], y_test=data.y_test[own], groups_test=data.groups_test[own]
+    )
+    target = {"without": (3,), "server_examples": np.flatnonzero(data.groups_train == 3)}
+    run = simulation(algorithm, "mlp:32", data, rounds=rounds, **target)
+    return np.mean([run.step().accuracy for _ in range(rounds)][-3:])
+
+
+@pytest.mark.slow
+def test_matching_features_helps_the_domain_without_labels():
+    options = {"rounds": 30, "local_lr": 1e-3, "adversarial": False, "voting": False}
+    matched = on_the_last_domain(FedKA(**options), 30)
+    sources_only = on_the_last_domain(FedKA(align=False, **options), 30)
+    assert matched > sources_only + 0.01

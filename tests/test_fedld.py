@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_problem import PLAIN, Toy
 
 from flcore.algorithms import Arrival, Arrivals, FedAvg, FedLD, Layout, Server, create
 from flcore.algorithms.fedld import margin_loss
 from flcore.errors import InvalidInputError
+from toy_problem import PLAIN, Toy
 
 torch = pytest.importorskip("torch")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,21 @@ def test_an_expert_is_what_its_client_would_train_alone(digits):
     for name, value in plain.model.items():
         found = mine.named(run_.server.model)[f"experts.0.{name}"]
         np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-5)
+
+
+def test_clients_trained_together_end_where_they_do_one_after_another(digits):
+    runs = [
+        run(
+            RouterEnsemble(**QUICK),
+            "mlp:8",
+            digits,
+            replace(SETTINGS, execution=execution),
+            partition=by_pairs(digits),
+        )
+        for execution in ("sequential", "batched")
+    ]
+    for name, value in runs[0].model.items():
+        np.testing.assert_allclose(runs[1].model[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_compressed_rounds_and_a_stop_in_between_give_the_same_run(digits, tmp_path):

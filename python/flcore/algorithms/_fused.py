@@ -37,8 +37,11 @@ class FusedSteps:
             None if min(limits) == math.inf else _common(limits),
         )
         self._rho = _common([getattr(spec.shift, "rho", 0.0) for spec in specs])
-        self._options = {"clip_mode": first.clip_mode, "nesterov": first.nesterov}
-        self._momentum = first.momentum
+        self._options: dict[str, Any] = {
+            "momentum": first.momentum,
+            "clip_mode": first.clip_mode,
+            "nesterov": first.nesterov,
+        }
         self._key: Any = None
         self._kernel: Any = None
         self._active: list[Any] = []
@@ -50,7 +53,8 @@ class FusedSteps:
     def step(self, g: Any, n: int, k: int) -> None:
         """Take step `k` of the first `n` rows; g is (n, d)."""
         kernel = self._prepare(g, n)
-        kernel.step(*self._active, self._momentum, first=k == 0, **self._options)
+        lr, alpha, decay, clip = self._active
+        kernel.step(lr, alpha, decay, clip, first=k == 0, **self._options)
 
     def ascend(self, g: Any, n: int) -> Any:
         """Give ``x + rho g / (||g|| + epsilon)`` for the first `n` rows; the same memory again."""

@@ -86,7 +86,7 @@ class Rows:
         if isinstance(self.first.shift, DualAscent):
             for spec, dual in zip(self.specs, self.dual, strict=True):
                 size = dual.shape[0]
-                spec.shift.dual[:size] = np.asarray(dual)  # type: ignore[union-attr]
+                spec.shift.dual[:size] = _numpy(dual)  # type: ignore[union-attr]
 
     def _gradient(self, x: Any, n: int, k: int, gradient: Gradient) -> Any:
         """Give the gradient at x, or at the point beside it that the method looks at."""
@@ -169,6 +169,10 @@ def _like(values: np.ndarray, x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return values.astype(x.dtype)
     return x.new_tensor(values)
+
+
+def _numpy(v: Any) -> np.ndarray:
+    return v if isinstance(v, np.ndarray) else v.cpu().numpy()
 
 
 def _norm(v: Any) -> Any:

@@ -107,9 +107,10 @@ class FedAU(FedAvg):
         if clients and self.estimate == "none":
             super().server_step(server, mean, arrivals)
         elif clients:
-            omega = participation.weights
-            if self.rates is not None and self.estimate == "known":
-                omega = 1 / np.array(self.rates)
-            total = arrivals.sum([omega[n] / server.population for n in clients])
-            self.move(server, total, self.server_lr)
+            omega = (
+                participation.weights if self.estimate == "intervals" else 1 / np.array(self.rates)
+            )
+            weights = omega[clients].tolist()
+            step = self.server_lr * (sum(weights) / server.population)
+            self.move(server, arrivals.mean(weights), step)
         server.state |= participation.update(clients).state_dict()

@@ -52,9 +52,9 @@ class FedFree(Algorithm):
         :math:`\alpha`; steps of the server in a round: `server_steps`.
     probes : int
         Rows of X, drawn in each step; 0: the expectation.
-    mapping : {"depth", "kind"}
-        :math:`M_j`: the layers whose nearest layer of the same kind by relative depth is j, or all
-        of the same kind.
+    mapping : {"kind", "depth"}
+        :math:`M_j`: all layers of the same kind, or those of them whose nearest by relative depth
+        is j.
     entropy : {"shannon", "tsallis", "collision"}
         In bits; of order 2, ``1 - sum p^2``; of order 2 in bits, ``-log2 sum p^2``.
     bins : int
@@ -80,7 +80,7 @@ class FedFree(Algorithm):
     alpha: float = 0.01
     server_steps: int = 1
     probes: int = 0
-    mapping: str = "depth"
+    mapping: str = "kind"
     entropy: str = "shannon"
     bins: int = 256
     rest: str = "keep"
@@ -95,7 +95,7 @@ class FedFree(Algorithm):
                 f"alpha: expected a number above 0 and below 1, got {self.alpha!r}"
             )
         check_choice("choice", self.choice, ("change", "random"))
-        check_choice("mapping", self.mapping, ("depth", "kind"))
+        check_choice("mapping", self.mapping, ("kind", "depth"))
         check_choice("entropy", self.entropy, ENTROPIES)
         check_choice("rest", self.rest, ("keep", "zero"))
 

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from flcore.algorithms._votes import fine_tune, majority, named_classes
 from flcore.algorithms.base import check_choice, check_whole
 from flcore.algorithms.fedavg import FedAvg
 from flcore.algorithms.layout import Vector
 from flcore.algorithms.state import Arrivals, Client, DataView, LocalWork, Payload, Server
 from flcore.algorithms.tools import BatchLoss, Forward, mean_cross_entropy
 from flcore.errors import InvalidInputError
-from flcore.ops import combine
 
-__all__ = ["FedKA", "majority", "strength"]
+__all__ = ["FedKA", "strength"]
 
 ADAM = (0.9, 0.999, 1e-8)
 
@@ -120,7 +120,8 @@ class FedKA(FedAvg):
         target = None if server.tools is None else server.tools.x
         if target is None or not len(target):
             raise InvalidInputError(
-                "server: expected examples of the target domain at the server, got none"
+                "server_examples: fedka needs the examples of the target domain at the server, "
+                "as flcore.simulation.run(..., server_examples=) gives them; got none"
             )
         target = np.asarray(target, np.float32)
         for client in clients:
@@ -164,54 +165,19 @@ class FedKA(FedAvg):
         if not self.broadcast_finetuned:
             server["mean"] = server.model
         if self.voting:
-            self._finetune(server, before, arrivals)
+            rising = strength(server.round, self.rounds, self.vote_batches)
+            labels = majority(named_classes(server, before, arrivals))
+            fine_tune(server, labels, rising, ADAM, lr=self.local_lr, batch_size=self.batch_size)
 
     def _base(self, server: Server) -> Vector:
         """Give what the clients of a round start from."""
         return server.state.get("mean", server.model)
-
-    def _finetune(self, server: Server, before: Vector, arrivals: Arrivals) -> None:
-        assert server.tools is not None
-        shared = server.layout.take(before)
-        models = [combine([shared, a["update"]], [1.0, 1.0]) for a in arrivals]
-        named = [server.tools.scores(server.layout.put(before, m)).argmax(1) for m in models]
-        labels, x = majority(named), server.tools.x
-        rising = strength(server.round, self.rounds, self.vote_batches)
-        rng = np.random.default_rng(server.round)
-        b1, b2, epsilon = ADAM
-        m, v = (server.state.get(name, server.zeros()) for name in ("adam_m", "adam_v"))
-        done = server.state.get("adam_steps", 0)
-        model = server.model.copy()
-        for steps, a in enumerate(rising.tolist(), done + 1):
-            drawn = rng.choice(len(labels), min(self.batch_size, len(labels)), replace=False)
-            g = a * server.tools.gradient(model, x[drawn], labels[drawn])
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-            scale = self.local_lr * (1 - b2**steps) ** 0.5 / (1 - b1**steps)
-            model -= scale * m / (v**0.5 + epsilon * (1 - b2**steps) ** 0.5)
-        server.model = model
-        server.state |= {"adam_m": m, "adam_v": v, "adam_steps": done + len(rising)}
 
 
 def strength(round: int, rounds: int, batches: int) -> np.ndarray:
     """Give a for all batches of a round, (batches,): from 0 in the first to almost 1."""
     p = (np.arange(batches) + round * batches) / (rounds * batches)
     return 2 / (1 + np.exp(-5 * p)) - 1
-
-
-def majority(named: Sequence[np.ndarray]) -> np.ndarray:
-    """Give the class that most voters name, of each example; the lowest of several.
-
-    Parameters
-    ----------
-    named : voters x (n,) integers
-
-    Returns
-    -------
-    (n,) int64 array.
-    """
-    votes = np.stack(named)
-    counts = (votes[:, :, None] == np.arange(votes.max() + 1)).sum(0)
-    return counts.argmax(1)
 
 
 @dataclass(frozen=True)

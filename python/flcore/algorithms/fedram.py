@@ -54,6 +54,7 @@ class FedRAM(Reweighting):
 
     name: ClassVar[str] = "fedram"
 
+    reference_epochs: int = 200
     task_weights: tuple[tuple[float, ...], ...] | None = None
     client_weights: tuple[float, ...] | None = None
     proxy_rounds: int = 50

@@ -199,24 +199,25 @@ def write_digits_hard_json(rows: list[Row], path: str | Path) -> None:
 
 
 def digits_hard_markdown(rows: list[Row]) -> str:
-    """Return the table: accuracies in percent."""
-    lines = [
-        "| method | accuracy, last 10 rounds | independent program | about round 20 "
-        "| independent program | rounds to 95 % by seed | MB up | MB down |",
-        "|---|---|---|---|---|---|---|---|",
+    """Return the table: accuracies in percent; a column that no row fills is left out."""
+    table = [
+        {
+            "method": row.label,
+            "accuracy, last 10 rounds": f"{100 * row.mean:.2f} ± {100 * row.deviation:.2f}",
+            "independent program": "" if row.expected is None else f"{row.expected:.2f}",
+            "about round 20": f"{100 * row.early:.1f}",
+            "the same, independent": ""
+            if row.early_expected is None
+            else f"{row.early_expected:.1f}",
+            "rounds to 95 % by seed": ", ".join(str(t or "-") for t in row.rounds_to_target),
+            "MB up": f"{row.bytes_up / 1e6:.1f}",
+            "MB down": f"{row.bytes_down / 1e6:.1f}",
+        }
+        for row in rows
     ]
-    for row in rows:
-        reached = ", ".join("-" if t is None else str(t) for t in row.rounds_to_target)
-        expected, early = (
-            "" if value is None else format(value, digits)
-            for value, digits in ((row.expected, ".2f"), (row.early_expected, ".1f"))
-        )
-        lines.append(
-            f"| {row.label} | {100 * row.mean:.2f} ± {100 * row.deviation:.2f} | {expected} "
-            f"| {100 * row.early:.1f} | {early} | {reached} "
-            f"| {row.bytes_up / 1e6:.1f} | {row.bytes_down / 1e6:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+    columns = [name for name in table[0] if any(line[name] != "" for line in table)]
+    lines = [columns, ["---"] * len(columns), *([line[name] for name in columns] for line in table)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(rows: list[Row], path: str | Path) -> None:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from flcore.bench.cases import Case, Setup, Workload, difference
+from flcore.bench.cases import Case, Setup, Workload
 from flcore.bench.environment import optional
+from flcore.bench.local_round import Call, build_linear, build_round_end, checked, flat
 from flcore.bench.timers import Contestant
 
-__all__ = ["CASES", "build_linear", "build_round_end", "build_rows", "build_step"]
+__all__ = ["CASES", "build_rows", "build_step"]
 
 # Of FedDyn and FedSpeed: 1 / lambda, the clip and the weight decay of the FL-Simulator code base
 LAM, CLIP, DECAY, LR = 0.1, 10.0, 1e-3, 1e-2
-ROUNDING = 2e-6  # of values around 1 after some operations in float32
-
-Flat = Callable[[Any], np.ndarray]
-Call = Callable[[int], Any]
-
-
-def _flat(tensors: Any) -> np.ndarray:
-    parts = tensors if isinstance(tensors, list | tuple) else [tensors]
-    return np.concatenate([t.detach().double().cpu().numpy().ravel() for t in parts])
-
-
-def _checked(expected: Sequence[np.ndarray]) -> Callable[[int, np.ndarray], str | None]:
-    def matches(slot: int, result: np.ndarray) -> str | None:
-        want = expected[slot]
-        return difference(result, want, ROUNDING * (1 + np.abs(want)))
-
-    return matches
 
 
 def _stepped(x: np.ndarray, g: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -45,14 +29,24 @@ def _stepped(x: np.ndarray, g: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _penalty_chain(torch: Any, slot: dict[str, Any]) -> None:
-    """Take the step as the published code does; the loss's gradients are there already.
+    """Take the step as the FL-Simulator code base does; the loss's gradients are there already.
 
     The penalty's gradients are added to them by autograd, as those of ``loss + penalty`` are.
     """
     params = slot["params"]
-    flat = torch.nn.utils.parameters_to_vector(params)
-    (LAM * torch.sum(flat * slot["correction"])).backward()
+    vector = torch.nn.utils.parameters_to_vector(params)
+    (LAM * torch.sum(vector * slot["correction"])).backward()
     torch.nn.utils.clip_grad_norm_(params, CLIP)
+    slot["optimizer"].step()
+
+
+def _grown_chain(torch: Any, slot: dict[str, Any]) -> None:
+    """Take the step as the code published with FedDyn does: a vector that grows by each tensor."""
+    vector: Any = None
+    for p in slot["params"]:
+        vector = p.reshape(-1) if vector is None else torch.cat((vector, p.reshape(-1)), 0)
+    (LAM * torch.sum(vector * (-slot["start"] + slot["dual"]))).backward()
+    torch.nn.utils.clip_grad_norm_(slot["params"], CLIP)
     slot["optimizer"].step()
 
 
@@ -83,16 +77,19 @@ class _Models:
         drawn = torch.randn(3, self.slots, tensors, numel, generator=generator)
         self.x, self.g, self.q = drawn.to(setup.device)
 
-    def copies(self) -> list[dict[str, Any]]:
-        """Make parameters with gradients, an optimiser and the correction, for each slot."""
+    def copies(self, grown: bool) -> list[dict[str, Any]]:
+        """Make parameters with gradients, an optimiser and the penalty's vectors, for each slot."""
         found = []
         for x, g, q in zip(self.x, self.g, self.q, strict=True):
             params = [self._torch.nn.Parameter(v.clone()) for v in x]
             for p, grad in zip(params, g, strict=True):
                 p.grad = grad.clone()
             optimizer = self._torch.optim.SGD(params, lr=LR, weight_decay=DECAY + LAM)
-            correction = (q / LAM).reshape(-1)
-            found.append({"params": params, "optimizer": optimizer, "correction": correction})
+            found.append({"params": params, "optimizer": optimizer})
+            if grown:
+                found[-1] |= {"start": x.reshape(-1), "dual": (q / LAM + x).reshape(-1)}
+            else:
+                found[-1] |= {"correction": (q / LAM).reshape(-1)}
         return found
 
     def reset(self, made: list[dict[str, Any]]) -> None:
@@ -104,7 +101,7 @@ class _Models:
                     p.grad.copy_(grad)
 
     def expected(self) -> list[np.ndarray]:
-        arrays = [[_flat(slot) for slot in tensors] for tensors in (self.x, self.g, self.q)]
+        arrays = [[flat(slot) for slot in tensors] for tensors in (self.x, self.g, self.q)]
         return [_stepped(x, g, q) for x, g, q in zip(*arrays, strict=True)]
 
 
@@ -115,15 +112,17 @@ def build_step(setup: Setup, *, tensors: int, numel: int) -> Workload:
     torch: Any = optional("torch")[0]
     models = _Models(torch, setup, tensors, numel)
 
-    def contestant(name: str, step: Callable[..., None], **more: Any) -> Contestant:
-        made = models.copies()
+    def contestant(
+        name: str, step: Callable[..., None], grown: bool = False, **more: Any
+    ) -> Contestant:
+        made = models.copies(grown)
         q = [list(v) for v in models.q]
 
         def call(slot: int) -> Any:
             step(made[slot], q[slot])
             return made[slot]["params"]
 
-        return Contestant(name, call, _flat, lambda: models.reset(made), **more)
+        return Contestant(name, call, flat, lambda: models.reset(made), **more)
 
     def closed(function: Callable[..., None]) -> Callable[..., None]:
         def step(slot: dict[str, Any], q: list[Any]) -> None:
@@ -138,6 +137,7 @@ def build_step(setup: Setup, *, tensors: int, numel: int) -> Workload:
     contestants = [
         contestant("flcore local_step_", ours, kind="ours"),
         contestant(_PENALTY, lambda slot, q: _penalty_chain(torch, slot)),
+        contestant(_GROWN, lambda slot, q: _grown_chain(torch, slot), grown=True),
         contestant(_CLOSED, closed(lambda *a: _closed_chain(torch, *a))),
     ]
     absent = {}
@@ -150,7 +150,7 @@ def build_step(setup: Setup, *, tensors: int, numel: int) -> Workload:
         absent = dict.fromkeys((_PENALTY_COMPILED, _CLOSED_COMPILED), "left out on request")
     return Workload(
         contestants=contestants,
-        matches=_checked(models.expected()),
+        matches=checked(models.expected()),
         bytes_moved=24 * tensors * numel,
         absent=absent,
         slots=models.slots,
@@ -159,6 +159,7 @@ def build_step(setup: Setup, *, tensors: int, numel: int) -> Workload:
 
 _PENALTY = "torch eager chain: penalty by autograd, clip_grad_norm_, SGD"
 _PENALTY_COMPILED = "torch.compile of that chain"
+_GROWN = "torch eager chain, the vector grown tensor by tensor"
 _CLOSED = "torch _foreach chain of the closed form"
 _CLOSED_COMPILED = "torch.compile of the closed form"
 
@@ -190,7 +191,7 @@ def build_rows(setup: Setup, *, rows: int, numel: int) -> Workload:
             step(slot)
             return x
 
-        return Contestant(name, call, _flat, lambda: x.copy_(start), **more)
+        return Contestant(name, call, flat, lambda: x.copy_(start), **more)
 
     def ours(x: Any) -> Call:
         steps = LocalStep(x, g, q)
@@ -224,123 +225,9 @@ def build_rows(setup: Setup, *, rows: int, numel: int) -> Workload:
     want = _stepped(*(v.double().cpu().numpy() for v in (start, g, q))).ravel()
     return Workload(
         contestants=contestants,
-        matches=_checked([want]),
+        matches=checked([want]),
         bytes_moved=16 * rows * numel,
         absent=absent,
-    )
-
-
-# ---- the end of a round, and the server ----------------------------------------------------------
-
-
-def build_round_end(setup: Setup, *, numel: int) -> Workload:
-    """Update and control variate of a SCAFFOLD client."""
-    from flcore.ops import round_end
-
-    torch: Any = optional("torch")[0]
-    generator = torch.Generator().manual_seed(setup.seed)
-    slots = setup.cold_slots(24 * numel)
-    drawn = torch.randn(4, slots, numel, generator=generator).to(setup.device)
-    x, w, c, start = drawn
-    scale = 1 / (50 * LR)
-
-    def eager(x: Any, w: Any, c: Any, own: Any, u: Any) -> Any:
-        torch.sub(x, w, out=u)
-        own.copy_(own - c - scale * u)
-        return u
-
-    def contestant(name: str, step: Callable[..., Any], **more: Any) -> Contestant:
-        own, u = start.clone(), torch.empty_like(x)
-
-        def call(slot: int) -> Any:
-            step(x[slot], w[slot], c[slot], own[slot], u[slot])
-            return own[slot], u[slot]
-
-        return Contestant(name, call, _flat, lambda: own.copy_(start), **more)
-
-    def ours(x: Any, w: Any, c: Any, own: Any, u: Any) -> None:
-        round_end(x, w, kind="control", state=own, c=c, scale=scale, out=u)
-
-    contestants = [
-        contestant("flcore round_end", ours, kind="ours"),
-        contestant("torch eager chain", eager),
-    ]
-    absent = {}
-    if setup.compiled:
-
-        def plain(x: Any, w: Any, c: Any, own: Any, u: Any) -> None:
-            u.copy_(x - w)
-            own.copy_(own - c - scale * (x - w))
-
-        contestants.append(contestant("torch.compile of the chain", torch.compile(plain)))
-    else:
-        absent["torch.compile of the chain"] = "left out on request"
-    expected = []
-    for slot in range(slots):
-        a, b, d, h = (_flat(v[slot]) for v in (x, w, c, start))
-        expected.append(np.concatenate([h - d - scale * (a - b), a - b]))
-    return Workload(
-        contestants=contestants,
-        matches=_checked(expected),
-        bytes_moved=24 * numel,
-        absent=absent,
-        slots=slots,
-    )
-
-
-def build_linear(setup: Setup, *, clients: int, numel: int) -> Workload:
-    """FedDyn's server: the mean update, the mean dual variable and the model from both."""
-    from flcore.ops import Step, combine_step
-
-    torch: Any = optional("torch")[0]
-    generator = torch.Generator().manual_seed(setup.seed)
-    slots = setup.cold_slots(4 * clients * numel)
-    updates = torch.randn(slots, clients, numel, generator=generator).to(setup.device)
-    model, dual = torch.randn(2, numel, generator=generator).to(setup.device)
-    share, weights = 0.1, [1 / clients] * clients
-    rows = [list(matrix) for matrix in updates]
-
-    def ours() -> Call:
-        out, state = torch.empty_like(model), torch.empty_like(dual)
-        step = Step.linear(a=1.0, b=share, c=1.0, e=1.0)
-
-        def call(slot: int) -> Any:
-            got = combine_step(rows[slot], weights, model, step, m=dual, out=out, m_out=state)
-            return got.model, got.m
-
-        return call
-
-    def chain(matrix: Any) -> tuple[Any, Any]:
-        d = matrix.mean(0)
-        state = dual + share * d
-        return model + d + state, state
-
-    def peer(function: Callable[[Any], Any]) -> Call:
-        return lambda slot: function(updates[slot])
-
-    def contestant(name: str, call: Call, **more: Any) -> Contestant:
-        return Contestant(name, call, _flat, **more)
-
-    contestants = [
-        contestant("flcore combine_step, linear", ours(), kind="ours"),
-        contestant("torch eager chain", peer(chain)),
-    ]
-    absent = {}
-    if setup.compiled:
-        contestants.append(contestant("torch.compile of the chain", peer(torch.compile(chain))))
-    else:
-        absent["torch.compile of the chain"] = "left out on request"
-    expected = []
-    for matrix in updates:
-        d = matrix.double().mean(0).cpu().numpy()
-        state = _flat(dual) + share * d
-        expected.append(np.concatenate([_flat(model) + d + state, state]))
-    return Workload(
-        contestants=contestants,
-        matches=_checked(expected),
-        bytes_moved=(4 * clients + 16) * numel,
-        absent=absent,
-        slots=slots,
     )
 
 

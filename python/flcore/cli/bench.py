@@ -70,7 +70,7 @@ def bench(
             "and StableMax (half an hour); "
             "'quantized-transformer': loss of a small transformer in low bits, with and without "
             "AWQ and OS+ (ten minutes); "
-            "'digits-hard': federated algorithms on very unlike clients (ten minutes); "
+            "'digits-hard': federated algorithms on very unlike clients (a minute); "
             "'attacks': robust rules with a fifth of attackers (ten minutes)."
         ),
     ] = None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,78 +22,14 @@ from flcore.ops._rowloss_call import RowCall
 from flcore.ops._rowloss_cpu import prepared
 from flcore.ops.rowloss import BOTH, RowLossForm
 from flcore.simulation._functional import FunctionalModel, MeanLoss
+from flcore.simulation._inputs import Extra, Kind
 from flcore.simulation._replay import Call, Replay
-from flcore.simulation._trace import Trace, record
+from flcore.simulation._trace import Trace, UntraceableError, record
 
-__all__ = ["Extra", "Gradients", "Kind", "Plan"]
+__all__ = ["Gradients", "Plan"]
 
-MEMORY = 512 << 20
-"""Bytes of the computations that are kept."""
-
-
-@dataclass
-class Extra:
-    """The further inputs of the losses of some clients.
-
-    Parameters
-    ----------
-    stacked : dict of name to (clients, ...) tensor
-        One for each client.
-    shared : dict of name to tensor
-        The same for all.
-    plain : dict of name to value
-        Numbers and strings, the same for all.
-    """
-
-    stacked: dict[str, torch.Tensor] = field(default_factory=dict)
-    shared: dict[str, torch.Tensor] = field(default_factory=dict)
-    plain: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> Any:
-        """What inputs have in common that the same computation serves."""
-        stacked = tuple((n, tuple(t.shape[1:]), t.dtype) for n, t in self.stacked.items())
-        shared = tuple((n, tuple(t.shape), t.dtype) for n, t in self.shared.items())
-        return stacked, shared, tuple(self.plain.items())
-
-    def tensors(self, clients: int) -> list[torch.Tensor]:
-        """Give the tensors, of the first so many clients."""
-        return [*(t[:clients] for t in self.stacked.values()), *self.shared.values()]
-
-    def zeros(self, clients: int) -> list[torch.Tensor]:
-        """Give zeros in the place of the tensors."""
-        stacked = [t.new_zeros(clients, *t.shape[1:]) for t in self.stacked.values()]
-        return [*stacked, *map(torch.zeros_like, self.shared.values())]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What mini-batches have in common that the same computation serves.
-
-    Parameters
-    ----------
-    size : int
-        Examples.
-    x, y : (shape, dtype)
-        Of one example and of its label.
-    """
-
-    size: int
-    x: tuple[tuple[int, ...], torch.dtype]
-    y: tuple[tuple[int, ...], torch.dtype]
-
-    @classmethod
-    def of(cls, size: int, x: torch.Tensor, y: torch.Tensor) -> Kind:
-        """Give the kind of mini-batches of these data."""
-        return cls(size, (tuple(x.shape[1:]), x.dtype), (tuple(y.shape[1:]), y.dtype))
-
-    def zeros(self, clients: int, device: Any) -> list[torch.Tensor]:
-        """Give examples, labels and weights of zeros."""
-        kinds = (*(self.x, self.y), ((), torch.float32))
-        return [
-            torch.zeros(clients, self.size, *shape, dtype=dtype, device=device)
-            for shape, dtype in kinds
-        ]
+MEMORY, KEPT = 512 << 20, 512
+"""Most bytes and most computations that are kept."""
 
 
 class Gradients:
@@ -109,6 +44,8 @@ class Gradients:
     batch_loss : BatchLoss, optional
         What is minimised in the place of its mean.
     device : torch.device
+    stepwise : bool
+        Record losses that read the number of the step once for each step; False: refuse them.
 
     Attributes
     ----------
@@ -123,8 +60,9 @@ class Gradients:
         function: Callable[..., torch.Tensor],
         batch_loss: BatchLoss | None,
         device: Any,
+        stepwise: bool = True,
     ) -> None:
-        self.network, self.device = network, device
+        self.network, self.device, self.stepwise = network, device, stepwise
         self.form = RowLossForm(loss)
         self.has_own_loss = batch_loss is not None
         self.batch_loss = MeanLoss(function) if batch_loss is None else batch_loss
@@ -167,14 +105,16 @@ class Gradients:
             self._plans[name] = Plan(
                 self, self._traces[key], clients, kind, extra, self.classes(kind)
             )
-            while len(self._plans) > 1 and sum(p.nbytes for p in self._plans.values()) > MEMORY:
+            while len(self._plans) > KEPT or (
+                len(self._plans) > 1 and sum(p.nbytes for p in self._plans.values()) > MEMORY
+            ):
                 self._plans.popitem(last=False)
         self._plans.move_to_end(name)
         return self._plans[name]
 
     def _trace(self, kind: Kind, extra: Extra, step: int) -> Any:
         """Record what is computed, unless that is done; gives its key."""
-        key = kind, extra.key
+        key: tuple[Any, ...] = kind, extra.key
         if key in self._stepwise:
             key = (*key, step)
         if key in self._traces:
@@ -185,10 +125,14 @@ class Gradients:
                 return key
             loss = _Loss(self, extra, step)
             trace = record(loss, lambda n: loss.arguments(n, kind))
+        if loss.step_read and not self.stepwise:
+            raise UntraceableError("they depend on the number of the step")
         if loss.step_read and len(key) == 2:
             self._stepwise.add(key)
             key = (*key, step)
         self._traces[key] = trace
+        if len(self._traces) > KEPT:
+            del self._traces[next(iter(self._traces))]
         return key
 
     def classes(self, kind: Kind) -> int:

@@ -82,9 +82,7 @@ def blocks(views: Sequence[DataView]) -> Iterator[Block]:
             k = stop
 
 
-def _batches(
-    sizes: np.ndarray, ends: np.ndarray, largest: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _batches(sizes: np.ndarray, ends: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
     """Give numbers and weights of the examples of batches with these sizes and ends."""
     column = np.arange(largest)
     last = np.maximum(ends - 1, 0)[..., None]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flcore.simulation._trace import Operation, Trace, names, rename, resolve
+from flcore.simulation._trace import Operation, Trace, rename, resolve
 
 __all__ = ["Call", "Replay"]
 
@@ -115,7 +115,7 @@ class Replay:
         same: dict[str, str] = {}
         pure = self._trace.pure
         for op in self._trace.operations:
-            used = names(op)
+            used = op.names
             if self._waiting.intersection(used) or (self.late and not pure):
                 self._waiting.update(op.results)
             key = repr((str(op.target), rename((op.args, op.kwargs), same)))
@@ -162,7 +162,7 @@ class Replay:
         view lies in its place.
         """
         made = {name: op for op in self._trace.operations for name in op.results}
-        users = Counter(name for op in self._trace.operations for name in names(op))
+        users = Counter(name for op in self._trace.operations for name in op.names)
         users.update(self._trace.outputs)
         places: dict[str, torch.Tensor] = {}
         for position, place in into.items():

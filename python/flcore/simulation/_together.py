@@ -14,7 +14,8 @@ from flcore.algorithms.state import LocalResult
 from flcore.algorithms.step import local_steps
 from flcore.errors import InvalidInputError
 from flcore.ops.perp_grad import pair_views, perp_grad_views
-from flcore.simulation._gradients import Extra, Kind, Plan
+from flcore.simulation._gradients import Plan
+from flcore.simulation._inputs import Extra, Kind
 from flcore.simulation._minibatches import blocks
 from flcore.simulation._trace import UntraceableError
 
@@ -132,7 +133,7 @@ class Together:
         offsets, parts, places, total = [], [], {}, 0
         for array in given:
             if array is None:
-                array = getattr(self._trainer.one, name)
+                array = self._trainer.data(name)
             if id(array) not in places:
                 places[id(array)] = total
                 parts.append(torch.as_tensor(array).to(self._trainer.device))
@@ -170,7 +171,7 @@ class Together:
         memory = self._trainer.aux
         if key not in memory:
             memory[key] = torch.zeros(shape, dtype=value.dtype, device=self._trainer.device)
-        memory[key][: len(value)] = value if rows is None else value
+        memory[key][: len(value)] = value
         return memory[key]
 
 
@@ -183,9 +184,9 @@ def _projection(gradients: Any, slices: Any) -> Callable[[Any, Any], None]:
         key = x.data_ptr(), g.data_ptr(), len(x)
         if key not in known:
             places = [(i, piece) for i in range(len(x)) for piece in pieces]
-            pairs = [[rows[i, piece] for i, piece in places] for rows in (x, g)]
+            weights, grads = ([rows[i, piece] for i, piece in places] for rows in (x, g))
             names = [(f"x[{i}]", f"g[{i}]") for i, _ in places]
-            known[key] = pair_views(*pairs, names)
+            known[key] = pair_views(weights, grads, names)
         perp_grad_views(known[key])
 
     return project

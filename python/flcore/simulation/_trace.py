@@ -6,8 +6,10 @@ arithmetic of a small network. So the batched gradient is recorded, and only wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flcore.errors import InvalidInputError
 
-__all__ = ["Name", "Operation", "Trace", "UntraceableError", "names", "record", "rename", "resolve"]
+__all__ = ["Name", "Operation", "Trace", "UntraceableError", "record", "rename", "resolve"]
 
 FEW, MORE = 2, 3
 """Numbers of clients of the two recordings.
@@ -60,6 +62,13 @@ class Operation:
     kwargs: Any
     results: list[str | None]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Names in the arguments, as often as they occur."""
+        found: list[str] = []
+        _walk((self.args, self.kwargs), lambda item: found.append(getattr(item, "name", "")))
+        return [name for name in found if name]
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -81,7 +90,7 @@ class Trace:
     operations: list[Operation]
     outputs: list[str]
 
-    @property
+    @cached_property
     def pure(self) -> bool:
         """Whether no operation writes to a tensor that another one made."""
         return not any(op.target._schema.is_mutable for op in self.operations)
@@ -142,19 +151,6 @@ def rename(value: Any, other: dict[str, str]) -> Any:
     )
 
 
-def names(op: Operation) -> list[str]:
-    """Give the names in the arguments of an operation, as often as they occur."""
-    found: list[str] = []
-
-    def note(item: Any) -> Any:
-        if isinstance(item, Name):
-            found.append(item.name)
-        return item
-
-    _walk((op.args, op.kwargs), note)
-    return found
-
-
 def _walk(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to every Name and Size."""
     if isinstance(value, (Name, Size)):
@@ -192,7 +188,7 @@ def _join(few: Any, more: Any) -> Any:
 def _record(function: Any, arguments: list[torch.Tensor]) -> Trace:
     recorder = _Recorder(arguments)
     try:
-        with recorder:
+        with _no_loops(), recorder:
             outputs = function(*arguments)
     except UntraceableError:
         raise
@@ -200,6 +196,18 @@ def _record(function: Any, arguments: list[torch.Tensor]) -> Trace:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UntraceableError(text[0]) from error
     return recorder.trace(list(outputs))
+
+
+@contextmanager
+def _no_loops() -> Iterator[None]:
+    """Let vmap refuse operators that it would run client by client."""
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
 
 
 class _Recorder(TorchDispatchMode):
@@ -222,6 +230,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise UntraceableError(f"it draws random numbers ({func}), as dropout does")
+        if torch.Tag.dynamic_output_shape in func.tags and not _plain_index(func, args):
+            raise UntraceableError(f"shapes in it depend on the values of tensors ({func})")
         self._check_writes(func, args, kwargs)
         result = func(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else (result,)
@@ -241,7 +251,7 @@ class _Recorder(TorchDispatchMode):
         needed = []
         for op in reversed(self._operations):
             if op.target._schema.is_mutable or wanted.intersection(op.results):
-                wanted.update(names(op))
+                wanted.update(op.names)
                 needed.append(op)
         constants = {k: v for k, v in self._constants.items() if k in wanted}
         return Trace(self._inputs, constants, needed[::-1], ends)
@@ -277,6 +287,13 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, tuple):
             return tuple(self._encode(item) for item in value)
         return value
+
+
+def _plain_index(func: Any, args: Any) -> bool:
+    """Whether this is indexing by numbers, not by masks."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(t is None or t.dtype not in (torch.bool, torch.uint8) for t in args[1])
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -103,6 +103,10 @@ class LocalTrainer:
     ) -> None:
         self._torch = torch = require("torch", extra="train")
         self._loss = _cross_entropy(loss)
+        if batch_loss is not None and loss != "softmax":
+            raise InvalidInputError(
+                f'loss: this algorithm has a loss of its own, on top of softmax; got "{loss}"'
+            )
         self._batch_loss = batch_loss
         self._model = model
         self.x, self.y = x, y
@@ -238,7 +242,8 @@ class LocalTrainer:
         return self._batch_loss(self._forward, x, y, weight, aux)
 
     def functional(self, x: torch.Tensor, parameters: torch.Tensor, **options: Any) -> Any:
-        """Give the scores as a function of a (d,) tensor, differentiable in it."""
+        """Give the scores as a function of a (d,) tensor, differentiable in it; evaluation mode."""
+        self._model.eval()
         named = {
             name: parameters[piece].view(self.layout.shapes[name])
             for name, piece in self.layout.slices.items()

@@ -76,11 +76,12 @@ def payload_bytes(payload: Payload) -> int:
 
 
 def unpack_rest(message: bytes) -> Payload:
-    """Read what `pack_rest` wrote; arrays without dimensions become numbers."""
+    """Read what `pack_rest` wrote, by name in order; arrays without dimensions become numbers."""
     if not message:
         return {}
     arrays = require("safetensors.numpy", extra="train").load(message)
-    return {name: value if value.ndim else value.item() for name, value in arrays.items()}
+    in_order = sorted(arrays.items())  # as they come from the file, they are in any order
+    return {name: value if value.ndim else value.item() for name, value in in_order}
 
 
 class DenseUplink:
