@@ -49,9 +49,7 @@ def simulation(
         rounds=rounds,
         clients=len(partition),
         participation=options.pop("participation", len(partition)),
-        codec=None,
-        feedback=None,
-        **options,
+        **{"codec": None, "feedback": None} | options,
     )
     return Simulation(algorithm, model, data, settings, partition=partition, server_examples=server)
 

@@ -2,7 +2,7 @@
 # Runs tests/flower with Flower and Ray, which want an environment of their own:
 #   tests/flower.sh [ENVIRONMENT] [PYTEST ARGUMENTS]
 # ENVIRONMENT (default: build/flower) is made if it is not there. Needs an flcore built in place, for
-# the Python that runs it (pip install -e .), and about 1 GB; takes five minutes without -m "not slow".
+# the Python that runs it (pip install -e .), and about 1 GB; takes a minute or two, -m "not slow" seconds.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 case "${1:-}" in

@@ -121,6 +121,25 @@ def test_reductions_hold_to_the_last_bit_in_training(name, options, other, digit
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "other", "others"),
+    [
+        ("fednova", {"weighting": "examples"}, "fedavg", {"weighting": "examples"}),
+        ("scaffold", {"weighting": "examples"}, "scaffold", {}),
+        ("feddyn", {"weighting": "examples"}, "feddyn", {}),
+    ],
+)
+def test_equal_clients_are_alike_under_an_error_control_too(name, options, other, others, digits):
+    """It keeps what all clients hold, in units of their weights."""
+    settings = Settings(rounds=3, clients=CLIENTS, participation=PARTICIPANTS)
+    mine, theirs = (
+        run(create(n, local_epochs=1, **more), "mlp", digits, settings).model
+        for n, more in ((name, options), (other, others))
+    )
+    for tensor in mine:
+        np.testing.assert_allclose(mine[tensor], theirs[tensor], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         *((name, {}) for name in VECTORS),

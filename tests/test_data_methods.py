@@ -8,6 +8,8 @@ torch = pytest.importorskip("torch")
 import flcore.simulation.engine as engine
 from algorithm_problem import PLAIN, blobs, play, simulation
 from flcore.algorithms import GGEUR, Curriculum, FedAU, FedLD, FedRAM, FedRAMProxy, Staleness
+from flcore.compression import EControl, TopK
+from flcore.errors import InvalidInputError
 from flcore.simulation import Observer
 from flcore.simulation.batched import BatchedTrainer
 
@@ -68,6 +70,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, tmp_path):
     )
     assert all(np.array_equal(whole.model[n], second.model[n]) for n in whole.model)
     assert [r.bytes_up for r in whole.records] == [r.bytes_up for r in second.records]
+
+
+@pytest.mark.parametrize("name", ["fedld", "staleness"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregation": "median"}, "aggregation: this algorithm makes its own aggregate"),
+        ({"codec": TopK(ratio=0.5), "feedback": EControl()}, "feedback: this algorithm takes"),
+    ],
+)
+def test_rules_that_would_not_be_followed_are_refused(name, options, message):
+    algorithm, model = RUNS[name]
+    with pytest.raises(InvalidInputError, match=message):
+        simulation(algorithm, model, **options).step()
+
+
+@pytest.mark.parametrize("name", ["fedau", "fedram"])
+def test_robust_rules_and_error_control_take_the_place_of_the_mean(name):
+    algorithm, model = RUNS[name]
+    for options in ({"aggregation": "median"}, {"codec": TopK(ratio=0.5), "feedback": EControl()}):
+        run = simulation(algorithm, model, **options)
+        models = play(run, 2)
+        assert np.isfinite(models[1]).all() and not np.array_equal(*models)
 
 
 def test_a_round_without_anybody_is_a_round():

@@ -20,7 +20,12 @@ def start(algorithm: FedAU, clients: int, size: int = 1) -> Server:
 
 def play(algorithm: FedAU, server: Server, updates: dict[int, np.ndarray]) -> np.ndarray:
     """Do one round in which the clients send these."""
-    arrivals = Arrivals([Arrival(n, 1, {"update": u}) for n, u in updates.items()])
+    arrivals = Arrivals(
+        [
+            Arrival(n, 1, {"update": u, "weight": algorithm.downlink(server, n)["weight"]})
+            for n, u in updates.items()
+        ]
+    )
     mean = arrivals.mean(algorithm.weights(arrivals)) if updates else server.zeros()
     algorithm.server_step(server, mean, arrivals)
     server.round += 1

@@ -113,6 +113,23 @@ def test_equal_updates_come_out_as_they_are_and_scale_passes_through():
     assert step(FedLD(), list(ROWS[::-1]), layout) == pytest.approx(once)
 
 
+def test_rotating_the_updates_rotates_the_step():
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    layout = Layout({"w": (3,)})
+    turned = step(FedLD(), list(ROWS @ rotation.T), layout)
+    assert turned == pytest.approx(rotation @ step(FedLD(), list(ROWS), layout), abs=1e-6)
+
+
+def test_the_step_is_no_longer_than_its_directions_allow():
+    layout = Layout({"w": (6,)})
+    for seed in range(20):
+        rows = np.random.default_rng(seed).normal(size=(5, 6))
+        shares = np.sort(np.linalg.eigvalsh(rows @ rows.T))[::-1]
+        bound = np.sqrt(((shares / shares.sum())[:4] ** 2).sum())
+        longest = bound * np.linalg.norm(rows, axis=1).mean()
+        assert np.linalg.norm(step(FedLD(), list(rows), layout)) <= longest * (1 + 1e-6)
+
+
 def test_duplicate_directions_stay_finite():
     rows = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [2, 0, 1], [0, 1, 1]], float)
     assert np.isfinite(step(FedLD(), list(rows), Layout({"w": (3,)}))).all()

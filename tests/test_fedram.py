@@ -254,7 +254,14 @@ def test_own_shares_and_uniform_weights_are_fedavg_bit_for_bit():
         assert np.array_equal(views[0].order, views[1].order)
         assert views[0].sizes == views[1].sizes
     rng = np.random.default_rng(0)
-    arrivals = Arrivals([Arrival(k, k, {"update": rng.normal(size=15)}) for k in range(4)])
+    arrivals = Arrivals(
+        [
+            Arrival(
+                k, k, {"update": rng.normal(size=15), "weight": ours.downlink(server, k)["weight"]}
+            )
+            for k in range(4)
+        ]
+    )
     ends = []
     for algorithm in (ours, plain):
         server.model = np.zeros(15)
@@ -270,8 +277,13 @@ def test_clients_count_by_their_weight_among_those_present():
     algorithm = FedRAM(**options)
     algorithm.one_time_exchange(server, clients)
     ones = np.ones(15)
-    arrivals = Arrivals([Arrival(0, 1, {"update": ones}), Arrival(2, 9, {"update": 8 * ones})])
-    algorithm.server_step(server, server.zeros(), arrivals)
+    arrivals = Arrivals(
+        [
+            Arrival(k, n, {"update": u, "weight": algorithm.downlink(server, k)["weight"]})
+            for k, n, u in ((0, 1, ones), (2, 9, 8 * ones))
+        ]
+    )
+    algorithm.server_step(server, arrivals.mean(algorithm.weights(arrivals)), arrivals)
     assert server.model == pytest.approx((0.2 + 0.5 * 8) / 0.7 * ones)
 
 
@@ -284,6 +296,7 @@ def test_client_weights_may_go_on_to_move():
     sent = algorithm.client_end(LocalResult(work, end, 1, 0.0), clients[0])
     gain = clients[0].tools.losses(end).mean() - np.log(3)
     assert sent["differential"] == pytest.approx(gain)
+    assert sent["weight"] == pytest.approx(1 / 3)
     arrivals = Arrivals([Arrival(0, 9, sent), Arrival(2, 9, sent | {"differential": 0.0})])
     algorithm.server_step(server, server.zeros(), arrivals)
     pair = np.array([np.exp(gain), 1.0])

@@ -199,3 +199,9 @@ def test_setups_differ_where_both_ends_must_agree():
     longer = Settings(**{**SMALL, "rounds": 9}, codec=None, feedback=None)
     assert one == setup_text("fedavg", longer)
     assert Note().nbytes == 0
+
+
+@pytest.mark.parametrize("name", ["ddome", "fedfree"])
+def test_algorithms_with_more_than_a_message_each_way_are_refused(name):
+    with pytest.raises(InvalidInputError, match=f"{name} (asks|gives).* must be in this process"):
+        RemoteRounds(name, "mlp", DIGITS, DENSE, post=Mail(None))

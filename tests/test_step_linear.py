@@ -124,6 +124,7 @@ def test_packets_give_the_bits_of_their_values(rng):
     assert flat(got) == flat(want)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_state_that_overflows_is_seen_though_the_model_does_not_take_it(variant):
     w, d = np.ones(40, np.float32), np.zeros(40, np.float32)

@@ -63,10 +63,7 @@ FLCORE_INLINE Scalar<D> get(const void* p, int64_t i, const Scalar<D>*) {
 }
 template <int D>
 FLCORE_INLINE void put(void* p, int64_t i, const Vector<D>& v) {
-  if constexpr (D == F16 || D == BF16)
-    store_half<D>(static_cast<char*>(p) + 2 * i, v);
-  else
-    store_lanes<D>(p, i, v);
+  store_lanes<D>(p, i, v);
 }
 template <int D>
 FLCORE_INLINE void put(void* p, int64_t i, Scalar<D> v) {

@@ -69,11 +69,6 @@ FLCORE_INLINE vf32h to_f32_odd(const vf64& d) {
 }
 
 template <int D>
-FLCORE_INLINE void store_half(void* at, const vf32& x) {
-  store_lanes<D>(at, 0, x);
-}
-
-template <int D>
 FLCORE_INLINE void store_pair(void* out, int64_t i, const vf64& a, const vf64& b) {
   char* at = static_cast<char*>(out) + dtype_bytes(D) * i;
   if constexpr (D == F64) {

@@ -27,6 +27,7 @@ class FusedSteps:
 
     def __init__(self, x: Any, specs: Sequence[StepSpec], q: Any, buffer: Any) -> None:
         self._x, self._q, self._buffer = x, q, buffer
+        self._here = _contiguous(x)
         first = specs[0]
         self._beside = x * 0 if isinstance(first.shift, Ascent) else None
         limits = [math.inf if spec.clip is None else spec.clip for spec in specs]
@@ -48,7 +49,7 @@ class FusedSteps:
 
     def takes(self, g: Any) -> bool:
         """Whether the kernel reads this gradient where it is."""
-        return g.dtype == self._x.dtype and _contiguous(g) and _contiguous(self._x)
+        return self._here and g.dtype == self._x.dtype and _contiguous(g)
 
     def step(self, g: Any, n: int, k: int) -> None:
         """Take step `k` of the first `n` rows; g is (n, d)."""

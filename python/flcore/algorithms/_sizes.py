@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flcore.algorithms.fedavg import FedAvg
-from flcore.algorithms.state import Arrivals, Client, Payload, Server
+from flcore.algorithms.state import Client, Payload, Server
 
 __all__ = ["WeighedLosses"]
 
@@ -38,6 +38,6 @@ class WeighedLosses(FedAvg):
         """Give the weight of a client's loss: 1, or n_i / n."""
         return examples / known["mean_examples"] if self.weighting == "examples" else 1.0
 
-    def weights(self, arrivals: Arrivals) -> list[float]:
-        """Weigh all clients alike."""
-        return [1.0] * len(arrivals)
+    def client_weight(self, examples: int) -> float:
+        """Weigh all clients alike in means."""
+        return 1.0

@@ -11,7 +11,7 @@ from flcore.aggregation import ParticipationWeights
 from flcore.algorithms.base import check_choice, check_whole
 from flcore.algorithms.fedavg import FedAvg
 from flcore.algorithms.layout import Vector
-from flcore.algorithms.state import Arrivals, Server
+from flcore.algorithms.state import Arrivals, Client, LocalResult, LocalWork, Payload, Server
 from flcore.errors import InvalidInputError
 
 __all__ = ["FedAU"]
@@ -99,18 +99,37 @@ class FedAU(FedAvg):
             return super().select(server, rng)
         return np.flatnonzero(rng.random(server.population) < np.array(self.rates)).tolist()
 
+    def downlink(self, server: Server, client: int) -> Payload:
+        """Send w, and the weight that the client's update will have."""
+        weight = 1.0
+        if self.estimate == "intervals":
+            weight = float(self._participation(server).weights[client])
+        elif self.rates is not None and self.estimate == "known":
+            weight = 1 / self.rates[client]
+        return super().downlink(server, client) | {"weight": weight}
+
+    def client_begin(self, payload: Payload, client: Client) -> LocalWork:
+        """Start from the global model and take plain SGD steps."""
+        client.state["weight"] = payload["weight"]
+        return super().client_begin(payload, client)
+
+    def client_end(self, result: LocalResult, client: Client) -> Payload:
+        """Send u_n and its weight."""
+        return super().client_end(result, client) | {"weight": client.state.pop("weight")}
+
+    def weights(self, arrivals: Arrivals) -> list[float]:
+        """Give omega_n."""
+        return [arrival["weight"] for arrival in arrivals]
+
     def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
         """Add ``server_lr / N sum omega_n u_n``, then record who came."""
+        clients = [arrival.client for arrival in arrivals]
+        if clients:
+            divisor = len(clients) if self.estimate == "none" else server.population
+            self.move(server, mean, self.server_lr * (sum(self.weights(arrivals)) / divisor))
+        server.state |= self._participation(server).update(clients).state_dict()
+
+    def _participation(self, server: Server) -> ParticipationWeights:
         participation = ParticipationWeights(server.population, self.cutoff)
         participation.load_state_dict({name: server[name] for name in participation.state_dict()})
-        clients = [arrival.client for arrival in arrivals]
-        if clients and self.estimate == "none":
-            super().server_step(server, mean, arrivals)
-        elif clients:
-            omega = (
-                participation.weights if self.estimate == "intervals" else 1 / np.array(self.rates)
-            )
-            weights = omega[clients].tolist()
-            step = self.server_lr * (sum(weights) / server.population)
-            self.move(server, arrivals.mean(weights), step)
-        server.state |= participation.update(clients).state_dict()
+        return participation

@@ -62,8 +62,8 @@ class FedKA(FedAvg):
         FedAvg on the sources; with `adversarial` alone, f-DANN.
     broadcast_finetuned : bool
         Whether clients get the fine-tuned model, or, as in the released code, the mean: the
-        fine-tuned model is then only tested.  Since Adam does not see how small a' is, early
-        votes, which are mostly wrong, can make a broadcast model collapse onto one class.
+        fine-tuned model is then only tested.  Steps of Adam are no smaller when a' is, so that
+        early votes, mostly wrong, can make a model that is broadcast collapse onto few classes.
     hidden : int
         Hidden units of D.
 

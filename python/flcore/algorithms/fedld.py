@@ -15,7 +15,6 @@ from flcore.algorithms.layout import Vector, named_views
 from flcore.algorithms.state import Arrivals, Server
 from flcore.algorithms.tools import BatchLoss, Forward
 from flcore.errors import InvalidInputError
-from flcore.ops import combine
 
 __all__ = ["FedLD", "margin_loss"]
 
@@ -81,7 +80,11 @@ class FedLD(FedAvg):
 
     def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
         """Move w along the principal directions of each tensor."""
-        if server.round == 0 or self.keep is None:
+        if self.keep is None:
+            super().server_step(server, mean, arrivals)
+            return
+        updates = arrivals.updates()
+        if server.round == 0:
             super().server_step(server, mean, arrivals)
             return
         layout = server.layout
@@ -91,9 +94,8 @@ class FedLD(FedAvg):
             means = [n for n in self.exclude if n in shapes]
             if unknown := set(self.exclude) - set(layout.shapes):
                 raise InvalidInputError(f"exclude: the model has no tensors {sorted(unknown)}")
-        dense = [combine([a["update"]], [1.0], nonfinite="propagate") for a in arrivals]
         rule = PrincipalGradient(keep=self.keep, plain=means, nonfinite="raise")  # type: ignore[arg-type]
-        update = rule([named_views(u, shapes) for u in dense])
+        update = rule([named_views(u, shapes) for u in updates])
         self.move(server, np.concatenate([u.ravel() for u in update.values()]), self.server_lr)
 
 

@@ -90,16 +90,18 @@ class FedNova(FedAvg):
         return payload | {"normalizer": float(a), "steps": result.steps}
 
     def weights(self, arrivals: Arrivals) -> list[float]:
-        """Give ``p_i tau_eff / A_i``, which do not add up to 1."""
-        return nova_weights(
-            super().weights(arrivals),
+        """Give ``n_i tau_eff / A_i``, whose sum is not that of the n_i."""
+        plain = super().weights(arrivals)
+        q = nova_weights(
+            plain,
             [a["normalizer"] for a in arrivals],
             [a["steps"] for a in arrivals] if self.mu else None,
-        ).tolist()
+        )
+        return (q * sum(plain)).tolist()
 
     def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
-        """Undo the division by the weights' sum, and move along it with momentum."""
-        direction = sum(self.weights(arrivals)) * mean
+        """Undo the mean's division by the sum of the weights, and move with momentum."""
+        direction = sum(self.weights(arrivals)) / sum(super().weights(arrivals)) * mean
         if self.server_momentum:
             lr = self.lr(server.round)
             if "momentum" in server.state:

@@ -13,7 +13,15 @@ from flcore.algorithms._softmax import SoftmaxRegression
 from flcore.algorithms.base import check_number, check_whole
 from flcore.algorithms.fedram_proxy import Reweighting
 from flcore.algorithms.layout import Vector
-from flcore.algorithms.state import Arrivals, Client, DataView, LocalResult, Payload, Server
+from flcore.algorithms.state import (
+    Arrivals,
+    Client,
+    DataView,
+    LocalResult,
+    LocalWork,
+    Payload,
+    Server,
+)
 from flcore.errors import InvalidInputError
 
 __all__ = ["FedRAM", "resample"]
@@ -111,9 +119,19 @@ class FedRAM(Reweighting):
         order = np.concatenate([view.order for view in views])
         return DataView(order, [size for view in views for size in view.sizes])
 
+    def downlink(self, server: Server, client: int) -> Payload:
+        """Send the model, and the weight that the client's update will have."""
+        weight = float(server["client_weights"][client])
+        return super().downlink(server, client) | {"weight": weight}
+
+    def client_begin(self, payload: Payload, client: Client) -> LocalWork:
+        """Start from the global model and take plain SGD steps."""
+        client.state["weight"] = payload["weight"]
+        return super().client_begin(payload, client)
+
     def client_end(self, result: LocalResult, client: Client) -> Payload:
-        """Send the update, and the differential loss of the agent if w moves."""
-        payload = super().client_end(result, client)
+        """Send the update and its weight, and the differential loss of the agent if w moves."""
+        payload = super().client_end(result, client) | {"weight": client.state.pop("weight")}
         if self.refresh:
             tools: Any = client.tools
             after, before = (
@@ -122,17 +140,21 @@ class FedRAM(Reweighting):
             payload["differential"] = float(differential_loss(after, before, client.examples))
         return payload
 
+    def weights(self, arrivals: Arrivals) -> list[float]:
+        """Give w."""
+        return [arrival["weight"] for arrival in arrivals]
+
     def server_step(self, server: Server, mean: Vector, arrivals: Arrivals) -> None:
-        """Average by w."""
-        w = server["client_weights"]
-        weighted = arrivals.mean([w[arrival.client] for arrival in arrivals])
-        super().server_step(server, weighted, arrivals)
+        """Move the model along the mean, and w if it does."""
+        super().server_step(server, mean, arrivals)
         if self.refresh:
+            w = server["client_weights"].copy()
             here = [arrival.client for arrival in arrivals]
             gains = [arrival["differential"] for arrival in arrivals]
-            moved = client_weights(w[here], gains, self.eta_client, self.smoothing)
-            server["client_weights"] = np.array(w)
-            server["client_weights"][here] = moved * w[here].sum()
+            w[here] = w[here].sum() * client_weights(
+                w[here], gains, self.eta_client, self.smoothing
+            )
+            server["client_weights"] = w
 
     def _learn(
         self,

@@ -146,16 +146,16 @@ class Staleness(FedAvg):
         """Hold back what is late, correct what is due, and average."""
         now = server.round
         fresh = []
-        for arrival in arrivals:
+        for arrival, update in zip(arrivals, arrivals.updates(), strict=True):
             if arrival.client not in self.stale:
-                fresh.append(arrival)
+                fresh.append(Arrival(arrival.client, arrival.examples, {"update": update}))
                 continue
-            server[f"update.{now}.{arrival.client}"] = dense(arrival["update"])
+            server[f"update.{now}.{arrival.client}"] = update
             server[f"model.{now}"] = server.model.copy()
             server["late"].append([now, arrival.client, arrival.examples, arrival["steps"]])
         due = [entry for entry in server["late"] if entry[0] <= now - self.delay]
         server["late"] = [entry for entry in server["late"] if entry not in due]
-        known = [dense(arrival["update"]) for arrival in fresh]
+        known = [arrival["update"] for arrival in fresh]
         corrected = [
             Arrival(entry[1], entry[2], {"update": self._correct(server, entry, known)})
             for entry in due
@@ -275,8 +275,3 @@ def is_unique(update: Vector, fresh: list[Vector], quantile: float = 1.0) -> boo
     n = len(fresh)
     between = distances[:n, :n].sum(1) - np.diagonal(distances)[:n]
     return bool(distances[n, :n].mean() > np.quantile(between / (n - 1), quantile))
-
-
-def dense(update: Any) -> Vector:
-    """Give an update as an array, whatever it came as."""
-    return combine([update], [1.0], nonfinite="propagate")

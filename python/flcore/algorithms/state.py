@@ -258,6 +258,10 @@ class Arrivals(Sequence[Arrival]):
         arrays, weights = self.having(name, weights)
         return combine(arrays, shares(weights), nonfinite="propagate")
 
+    def updates(self) -> list[Vector]:
+        """Give the updates themselves, for a method that looks at each or has a rule of its own."""
+        return [combine([a["update"]], [1.0], nonfinite="propagate") for a in self]
+
     def having(self, name: str, weights: Sequence[float]) -> tuple[list[Any], list[float]]:
         """Give the arrays called `name`, and the weights of the messages that have one."""
         held = [

@@ -26,7 +26,7 @@ class LocalStep:
     """Local steps on arrays that stay where they are: checked and looked up once.
 
     A call of `step` then costs some microseconds beside the arithmetic, which matters where models
-    are small.
+    are small. One object is for one thread at a time.
 
     Parameters
     ----------

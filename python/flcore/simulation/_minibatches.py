@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -39,6 +40,7 @@ class Block:
     weight: np.ndarray
 
 
+@cache
 def round_up(number: int) -> int:
     """Give the next size that is used: few sizes, so that few computations have to be prepared.
 

@@ -51,6 +51,8 @@ class Together:
         self._steps: list[Any] = []
         self._first = self._next = 0
         self._plans: list[Plan] = []
+        self._start = self._rows.data_ptr()
+        self._found: dict[int, torch.Tensor] = {}
 
     def run(self) -> list[LocalResult]:
         """Take all steps."""
@@ -73,18 +75,19 @@ class Together:
 
     def _gradient(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Give the gradients of the k-th mini-batches; the same memory in every call."""
-        gradients = self._gradients
         again = k < self._next
         if not again:
             self._load(k)
-        plan = self._plans[-1]
-        shifted = rows.data_ptr() != self._rows.data_ptr()
+        gradients, plan, n = self._gradients, self._plans[-1], rows.shape[0]
+        shifted = rows.data_ptr() != self._start
         if shifted:
-            gradients.shifted[: len(rows)].copy_(rows)
+            gradients.shifted[:n].copy_(rows)
         plan.run(shifted)
         if not again:
             plan.note_losses()
-        return gradients.g[: len(rows)]
+        if n not in self._found:
+            self._found[n] = gradients.g[:n]
+        return self._found[n]
 
     def _load(self, k: int) -> None:
         """Take the mini-batches of step k, which follows that of the last call."""

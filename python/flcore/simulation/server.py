@@ -60,6 +60,8 @@ class Aggregator:
     ----------
     control : dict of float32 arrays, or None
         H; None unless the error control is EControl or EF21.
+    rule : rule of `flcore.aggregation`, or None
+        What takes the place of the mean.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Aggregator:
         self._algorithm = algorithm
         self._settings = settings
         self._total_weight = total_weight
+        self.rule = settings.aggregation
         self.like: Parameters = {
             name: np.zeros(layout.shapes[name], np.float32) for name in layout.names()
         }
@@ -88,7 +91,7 @@ class Aggregator:
 
     def direction(self, updates: Sequence[Any], weights: Sequence[float], round: int) -> Parameters:
         """Give the direction of the class's description, and move H."""
-        rule = self._settings.aggregation
+        rule = self.rule
         if rule is not None:
             like = self.like if self._settings.codec is not None else None
             known = list(weights) if getattr(rule, "weighted", False) else None
@@ -127,11 +130,7 @@ class _Received(Arrivals):
         """Sum of the arrays called `name`, each times its weight."""
         if name != "update":
             return super().sum(weights, name)
-        if self._aggregator.control is not None:
-            raise InvalidInputError(
-                "feedback: this algorithm takes sums of the updates, and under EControl and EF21 "
-                "messages are changes of what the server keeps; use EF14, or no error control"
-            )
+        self._check_control()
         total = self._aggregator.total(*self.having(name, weights))
         return _vector(total.result(divisor=1.0))
 
@@ -143,6 +142,23 @@ class _Received(Arrivals):
         if not updates:
             return _vector({n: np.zeros_like(v) for n, v in self._aggregator.like.items()})
         return _vector(self._aggregator.direction(updates, weights, self._round))
+
+    def updates(self) -> list[Vector]:
+        """Give the updates themselves."""
+        self._check_control()
+        if self._aggregator.rule is not None:
+            raise InvalidInputError(
+                "aggregation: this algorithm makes its own aggregate of single updates; leave "
+                "the robust rule out"
+            )
+        return super().updates()
+
+    def _check_control(self) -> None:
+        if self._aggregator.control is not None:
+            raise InvalidInputError(
+                "feedback: this algorithm takes sums of the updates, and under EControl and EF21 "
+                "messages are changes of what the server keeps; use EF14, or no error control"
+            )
 
 
 def _vector(named: Parameters) -> Vector:
