@@ -1,4 +1,4 @@
-"""What curricula, GGEUR and FedRAM are said to do, at the size of a test."""
+"""What curricula, GGEUR, FedRAM and late updates are said to do, at the size of a test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 save_file = pytest.importorskip("safetensors.numpy").save_file
 
-from flcore.algorithms import GGEUR, Algorithm, Curriculum, FedAvg, FedRAM
-from flcore.simulation import Dataset, Settings, Simulation, run
+from flcore.algorithms import GGEUR, Algorithm, Curriculum, FedAvg, FedRAM, Staleness
+from flcore.simulation import Dataset, Settings, Simulation, load_dataset, run
 
 pytestmark = pytest.mark.slow
 
@@ -122,3 +122,41 @@ def test_reweighting_lifts_the_worst_task_and_not_at_the_cost_of_the_mean():
         ours.append(by_task(FedRAM(tasks="groups", **options), data, seed))
     assert np.min(ours, axis=1).mean() > np.min(plain, axis=1).mean() + 3
     assert np.mean(ours) > np.mean(plain) - 1
+
+
+# ---- late updates --------------------------------------------------------------------------------
+
+
+def accuracy_on_the_late_class(delay: int, correction: str) -> float:
+    """Mean over rounds 11 to 40, of the digit 5, which only two late clients of twenty have."""
+    data, rng = load_dataset("digits"), np.random.default_rng(1)
+    held, rest = (
+        rng.permutation(np.flatnonzero(m)) for m in (data.y_train == 5, data.y_train != 5)
+    )
+    parts = [*np.array_split(rest, 18), *np.array_split(held, 2)]
+    algorithm = Staleness(
+        stale=(18, 19),
+        delay=delay,
+        correction=correction,
+        local_epochs=5,
+        batch_size=2000,
+        weight_decay=0.0,
+        weighting="uniform",
+    )
+    settings = Settings(clients=20, participation=20, rounds=40, seed=1, **DENSE)
+    simulation = Simulation(algorithm, "mlp:16", data, settings, partition=parts)
+    own, found = data.y_test == 5, []
+    for _ in range(40):
+        simulation.step()
+        scores = simulation.server.tools.scores(simulation.server.model, data.x_test[own])
+        found.append((scores.argmax(1) == 5).mean())
+    return 100 * float(np.mean(found[10:]))
+
+
+def test_a_class_that_comes_late_suffers_and_suffers_more_when_weighted_down():
+    fresh, direct, weighted = (
+        accuracy_on_the_late_class(*case)
+        for case in ((0, "direct"), (10, "direct"), (10, "weighted"))
+    )
+    assert fresh > direct + 15
+    assert direct > weighted + 5

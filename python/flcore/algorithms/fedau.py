@@ -91,7 +91,7 @@ class FedAU(FedAvg):
                 f"rates: expected one for each of {server.population} clients, "
                 f"got {len(self.rates)}"
             )
-        server.state |= ParticipationWeights(server.population, self.cutoff).state_dict()
+        self._keep(server, ParticipationWeights(server.population, self.cutoff))
 
     def select(self, server: Server, rng: np.random.Generator) -> list[int]:
         """Draw every client at its own rate, if there are rates; perhaps nobody."""
@@ -103,7 +103,7 @@ class FedAU(FedAvg):
         """Send w, and the weight that the client's update will have."""
         weight = 1.0
         if self.estimate == "intervals":
-            weight = float(self._participation(server).weights[client])
+            weight = float(server["omega"][client])
         elif self.rates is not None and self.estimate == "known":
             weight = 1 / self.rates[client]
         return super().downlink(server, client) | {"weight": weight}
@@ -127,9 +127,9 @@ class FedAU(FedAvg):
         if clients:
             divisor = len(clients) if self.estimate == "none" else server.population
             self.move(server, mean, self.server_lr * (sum(self.weights(arrivals)) / divisor))
-        server.state |= self._participation(server).update(clients).state_dict()
-
-    def _participation(self, server: Server) -> ParticipationWeights:
         participation = ParticipationWeights(server.population, self.cutoff)
         participation.load_state_dict({name: server[name] for name in participation.state_dict()})
-        return participation
+        self._keep(server, participation.update(clients))
+
+    def _keep(self, server: Server, participation: ParticipationWeights) -> None:
+        server.state |= participation.state_dict() | {"omega": participation.weights.copy()}
