@@ -11,7 +11,6 @@ from flcore import _arrays, _native, _variants
 from flcore.errors import DTypeError, InvalidInputError
 from flcore.ops._qembedding_bags import Bags, parse_bags
 from flcore.reference import qembedding as reference
-from flcore.reference import weight_quant as wq
 
 if TYPE_CHECKING:
     from flcore.quantization import QuantizedTensor
@@ -292,9 +291,6 @@ def _native_bags(bags: Bags, rows: np.ndarray | None, add: bool, out: Any) -> di
 def _cpu(table: QuantizedTensor, bags: Bags, out: Any) -> None:
     """csrc/cpu/qembedding.isa.cpp."""
     scheme = table.scheme
-    levels = table.table
-    if scheme.kind == "fp8":
-        levels = wq.code_levels(8, scheme.kind_code).astype(np.float32)
     if not len(bags.index):
         out[...] = 0
         return
@@ -307,7 +303,7 @@ def _cpu(table: QuantizedTensor, bags: Bags, out: Any) -> None:
         scales=_arrays.address(table.scales),
         value_dtype=_arrays.DTYPE_CODES[scheme.scale_dtype],
         zeros=0 if table.zeros is None else _arrays.address(table.zeros),
-        table=0 if levels is None else _arrays.address(levels),
+        table=0 if table.table is None else _arrays.address(table.table),
         **_native_bags(bags, None, False, out),
     )
 
