@@ -362,6 +362,72 @@ def test_training_experts_before_the_router_leaves_what_training_both_does_not()
         assert train(True, seed) < 0.06 < 0.2 < train(False, seed)
 
 
+def four_classes_each(labels: np.ndarray, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Give 300 examples to the server, and deal the rest to 5 anchors, 35 clients and 10 unseen.
+
+    Anchors have a pair of classes each, the others two pairs; those of the unseen clients are
+    three combinations of pairs that no other client has.
+    """
+    rng = np.random.default_rng([7, seed])
+    own = rng.permutation(len(labels))[:300]
+    rest = np.setdiff1d(np.arange(len(labels)), own)
+    pairs = rng.permutation(10).reshape(5, 2)
+    both = [(a, b) for a in range(5) for b in range(a)]
+    mixed = rng.permutation(len(both))
+    rare = [both[i] for i in mixed[:3]]
+    usual = [combination for combination in both if combination not in rare]
+    two = [usual[i % 7] for i in range(35)] + [rare[i % 3] for i in range(10)]
+    held = [tuple(pair) for pair in pairs] + [(*pairs[a], *pairs[b]) for a, b in two]
+    parts: list[list[int]] = [[] for _ in held]
+    for label in range(10):
+        holders = [i for i, classes in enumerate(held) if label in classes]
+        pool = rng.permutation(rest[labels[rest] == label])
+        for i, part in zip(holders, np.array_split(pool, len(holders)), strict=True):
+            parts[i] += part.tolist()
+    return own, [np.array(sorted(part)) for part in parts]
+
+
+@pytest.mark.slow
+def test_anchors_help_unseen_combinations_of_classes():
+    """Experts of 8 hidden units: see the page of reproductions for the table."""
+    digits = load_dataset("digits")
+    shared = {"local_epochs": 5, "weighting": "uniform"}
+    for seed in range(2):
+        own, parts = four_classes_each(digits.y_train, seed)
+        settings = Settings(
+            rounds=40, clients=50, participation=10, codec=None, feedback=None, seed=seed
+        )
+        with_anchors, without = (
+            run(
+                DDOME(**shared, unseen=10, anchor_share=share),
+                "mlp:8",
+                digits,
+                settings,
+                partition=parts,
+                server_examples=own,
+            ).mean_accuracy(10)
+            for share in (0.5, 0.0)
+        )
+        plain = Simulation(
+            FedAvg(**shared),
+            "mlp:8",
+            digits,
+            replace(settings, clients=40),
+            partition=parts[:40],
+            server_examples=own,
+        )
+        x, y = plain._test
+        tests = [np.flatnonzero(np.isin(y, digits.y_train[part])) for part in parts[40:]]
+        averaged = []
+        for round in range(40):
+            plain.step()
+            if round >= 30:
+                model = plain.server.model
+                averaged += [plain.trainer.evaluate(model, x[own], y[own])[0] for own in tests]
+        assert with_anchors > without + 0.03
+        assert with_anchors > np.mean(averaged) + 0.01
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
