@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flcore.aggregation import TrimmedMean
 from flcore.algorithms import FedAvg, RouterEnsemble
 from flcore.algorithms.ddome import expert
 from flcore.errors import InvalidInputError
 from flcore.simulation import Dataset, Observer, Settings, Simulation, load_dataset, run
+from flcore.simulation.attacks import SignFlip
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
@@ -201,6 +203,23 @@ def test_clients_trained_together_end_where_they_do_one_after_another(digits):
     ]
     for name, value in runs[0].model.items():
         np.testing.assert_allclose(runs[1].model[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rule_and_an_attack_are_for_the_router_and_not_for_experts(digits):
+    """Messages without an update, those of the first round, reach the server as they are."""
+    runs = [
+        run(
+            RouterEnsemble(**QUICK),
+            "mlp:8",
+            digits,
+            replace(SETTINGS, rounds=2, participation=5, **options),
+            partition=by_pairs(digits),
+        )
+        for options in ({}, {"attack": SignFlip(), "attackers": 1, "aggregation": TrimmedMean(1)})
+    ]
+    for name, value in runs[0].model.items():
+        same = np.array_equal(value, runs[1].model[name])
+        assert same == (not name.startswith("router."))
 
 
 def test_compressed_rounds_and_a_stop_in_between_give_the_same_run(digits, tmp_path):

@@ -168,7 +168,8 @@ void bind_aggregation(py::module_& m) {
   m.attr("COMBINE_OUT_OF_RANGE") = int(COMBINE_OUT_OF_RANGE);
   m.attr("STEP_NONFINITE") = int(STEP_NONFINITE);
   m.attr("ROW_DTYPES") = py::make_tuple("float64", "float32", "float16", "bfloat16", "int8");
-  m.attr("STEP_KINDS") = py::make_tuple("sgd", "momentum", "adagrad", "adam", "yogi");
+  m.attr("STEP_KINDS") = py::make_tuple("sgd", "momentum", "adagrad", "adam", "yogi",
+                                       "linear");
   m.def("combine", &combine, py::arg("rows"), py::arg("weights"), py::arg("numel"),
         py::arg("dtype"), py::arg("state"), py::arg("out"), py::arg("accumulate"),
         py::arg("divisor"), py::arg("threads"), py::arg("check") = true,

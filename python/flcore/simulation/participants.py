@@ -174,16 +174,14 @@ class Population:
     def lie(self, payloads: dict[int, Payload], round: int) -> None:
         """Replace the updates of attackers in the messages of this round."""
         attack = self._settings.attack
-        with_update = {c: payload for c, payload in payloads.items() if "update" in payload}
-        liars = [client for client in with_update if client in self.attackers]
+        sent = {client: p["update"] for client, p in payloads.items() if "update" in p}
+        liars = [client for client in sent if client in self.attackers]
         if attack is None or not liars:
             return
-        sent = {client: p["update"] for client, p in payloads.items() if "update" in p}
         honest = [update for client, update in sent.items() if client not in self.attackers]
-        own = {client: sent[client] for client in liars if client in sent}
-        for client, update in own.items():
+        for client in liars:
             rng = generator(self._settings.seed, Purpose.ATTACK, round, client)
-            payloads[client]["update"] = attack.update(update, honest, len(liars), rng)
+            payloads[client]["update"] = attack.update(sent[client], honest, len(liars), rng)
 
 
 def noisy_labels(
