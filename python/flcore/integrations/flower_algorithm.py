@@ -31,7 +31,7 @@ from flcore import _extras
 from flcore.algorithms import Algorithm
 from flcore.errors import FlcoreError, InvalidInputError
 from flcore.simulation.datasets import Dataset
-from flcore.simulation.engine import _threads
+from flcore.simulation.engine import threads
 from flcore.simulation.history import History
 from flcore.simulation.notes import Note, State, read_state, state_note
 from flcore.simulation.remote import ClientEnd, RemoteRounds, setup_text
@@ -131,7 +131,7 @@ def server_app(
         chosen = replace(setup.settings, rounds=rounds)
         post = _FlowerPost(grid, timeout)
         counts = post.meet(chosen.clients, setup_text(algorithm, chosen), own_data)
-        with _threads(chosen.threads):
+        with threads(chosen.threads):
             run = RemoteRounds(
                 algorithm,
                 setup.own_model(),
@@ -191,7 +191,7 @@ def client_app(
         def handle(message: Message, context: Context) -> Message:
             note = _note(message.content)
             state = _load_state(context)
-            with _threads(setup.settings.threads):
+            with threads(setup.settings.threads):
                 end = _end(setup, token, int(note.values["client"]), context)
                 answered = end.answer(kind, note, state)
             _save_state(context, state)

@@ -46,7 +46,7 @@ from flcore.simulation.uplink import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Observer", "Simulation", "run"]
+__all__ = ["Observer", "Simulation", "run", "threads"]
 
 
 def run(
@@ -107,7 +107,7 @@ def run(
     (3, 288600)
     """
     settings = settings or Settings()
-    with _threads(settings.threads):
+    with threads(settings.threads):
         simulation = Simulation(
             algorithm, model, data, settings, partition=partition, server_examples=server_examples
         )
@@ -189,6 +189,10 @@ class Simulation(Rounds):
         self, *, output: str | Path | None = None, resume: bool = False, observer: Observer
     ) -> History:
         """Do all rounds, or those that are left, or as many as the observer allows."""
+        with threads(self.settings.threads):
+            return self._run(output, resume, observer)
+
+    def _run(self, output: str | Path | None, resume: bool, observer: Observer) -> History:
         folder = self._open(output, resume)
         if folder is not None and self.base is not None:
             folder.save_base(self._base_arrays())
@@ -317,7 +321,7 @@ class Simulation(Rounds):
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Set the threads of torch and flcore, and leave torch's random state as it was."""
     torch = require("torch", extra="train")
     before = torch.get_num_threads()

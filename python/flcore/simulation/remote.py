@@ -21,7 +21,7 @@ from flcore.algorithms import Algorithm, Arrival, Client, Payload, create
 from flcore.algorithms.layout import Vector
 from flcore.errors import InvalidInputError
 from flcore.simulation.datasets import Dataset
-from flcore.simulation.engine import Simulation
+from flcore.simulation.engine import Simulation, threads
 from flcore.simulation.errors import DivergedError
 from flcore.simulation.history import RoundRecord
 from flcore.simulation.local import Job
@@ -231,6 +231,10 @@ class ClientEnd:
         if kind == "remember":
             state |= read_state(note)
             return Note()
+        with threads(self._run.settings.threads):
+            return self._answer(kind, note, state)
+
+    def _answer(self, kind: str, note: Note, state: State) -> Note:
         run, id, round = self._run, int(note.values["client"]), int(note.values["round"])
         run.clients.states = {id: {k: v for k, v in state.items() if not k.startswith(UPLINK)}}
         client = run.clients.client(id, round)
