@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+if os.environ.get("PYTEST_XDIST_WORKER"):  # before any OpenMP: workers share the processors
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -59,7 +63,19 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
-    folder = tmp_path_factory.mktemp("native")
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # one build for all workers
+        shared = shared.parent
+    folder = shared / "native"
+    with open(shared / "native.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            _build_native(folder)
+            (folder / "built").touch()
+    return folder
+
+
+def _build_native(folder: Path) -> None:
     generator = ["-GNinja"] if shutil.which("ninja") else []
     configure = [
         *("cmake", "-S", str(ROOT), "-B", str(folder), *generator),
@@ -70,4 +86,3 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return folder

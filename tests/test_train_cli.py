@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from flcore.cli.train import train
+from flcore.cli.train_display import console
 from flcore.compression import TopK
 from flcore.simulation import Settings
 from flcore.simulation.budget import advice, coverage
@@ -34,6 +35,7 @@ QUICK = ["--local-epochs", "1", "--clients", "20", "--participation", "3"]
 
 def flcore_train(*arguments: object, code: int = 0) -> str:
     """Run the command in this process and give what it printed, on one long line."""
+    console.width = 240  # long names of folders are not broken
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
     return " ".join(result.output.split())
