@@ -16,6 +16,7 @@ from flcore.simulation.attacks import (
     GaussianNoise,
     InnerProduct,
     LabelFlip,
+    Seen,
     SignFlip,
     attack_from_text,
     check_attackers,
@@ -35,13 +36,15 @@ def digits():
 
 
 def test_what_attackers_send_by_hand(rng):
-    np.testing.assert_array_equal(SignFlip(scale=3).update(OWN, HONEST, 1, rng), [-3, 6])
-    np.testing.assert_allclose(InnerProduct(scale=0.5).update(OWN, HONEST, 1, rng), [-0.5, -1])
+    np.testing.assert_array_equal(SignFlip(scale=3).update(Seen(OWN, HONEST, 1, rng)), [-3, 6])
+    np.testing.assert_allclose(
+        InnerProduct(scale=0.5).update(Seen(OWN, HONEST, 1, rng)), [-0.5, -1]
+    )
     # mean (1, 2), deviation (1, 1)
-    np.testing.assert_allclose(ALIE(z=1.5).update(OWN, HONEST, 1, rng), [-0.5, 0.5])
-    np.testing.assert_array_equal(LabelFlip().update(OWN, HONEST, 1, rng), OWN)
+    np.testing.assert_allclose(ALIE(z=1.5).update(Seen(OWN, HONEST, 1, rng)), [-0.5, 0.5])
+    np.testing.assert_array_equal(LabelFlip().update(Seen(OWN, HONEST, 1, rng)), OWN)
     np.testing.assert_array_equal(LabelFlip().labels(np.array([0, 3, 9]), 10), [9, 6, 0])
-    noise = GaussianNoise(scale=2).update(np.full(100_000, 3.0, np.float32), [], 1, rng)
+    noise = GaussianNoise(scale=2).update(Seen(np.full(100_000, 3.0, np.float32), [], 1, rng))
     assert noise.dtype == np.float32
     assert np.std(noise) == pytest.approx(6, rel=0.02) and abs(np.mean(noise)) < 0.1
 
@@ -64,7 +67,7 @@ def test_deviations_of_alie(participants, attackers, z):
 
 def test_alone_among_attackers(rng):
     for attack in (ALIE(), InnerProduct()):
-        assert np.isfinite(attack.update(OWN, [], 2, rng)).all()
+        assert np.isfinite(attack.update(Seen(OWN, [], 2, rng))).all()
 
 
 @pytest.mark.parametrize("name", ATTACKS)

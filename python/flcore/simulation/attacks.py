@@ -27,10 +27,33 @@ __all__ = [
     "GaussianNoise",
     "InnerProduct",
     "LabelFlip",
+    "Seen",
     "SignFlip",
     "attack_from_text",
     "check_attackers",
 ]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attacker knows of a round.
+
+    Parameters
+    ----------
+    own : (d,) array
+        Its own update.
+    honest : list of (d,) arrays
+        Updates of the honest participants.
+    attackers : int
+        Number of attackers among the participants.
+    rng : numpy.random.Generator
+        Of this attacker in this round.
+    """
+
+    own: Vector
+    honest: Sequence[Vector]
+    attackers: int
+    rng: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -39,27 +62,9 @@ class Attack:
 
     name: ClassVar[str]
 
-    def update(
-        self,
-        own: Vector,
-        honest: Sequence[Vector],
-        attackers: int,
-        rng: np.random.Generator,
-    ) -> Vector:
-        """Give what an attacker sends.
-
-        Parameters
-        ----------
-        own : (d,) array
-            Its own update.
-        honest : list of (d,) arrays
-            Updates of the honest participants of this round.
-        attackers : int
-            Number of attackers among the participants.
-        rng : numpy.random.Generator
-            Of this attacker in this round.
-        """
-        return own
+    def update(self, seen: Seen) -> Vector:
+        """Give what an attacker sends, (d,)."""
+        return seen.own
 
     def labels(self, y: np.ndarray, classes: int) -> np.ndarray:
         """Give the labels that an attacker trains on."""
@@ -96,15 +101,9 @@ class SignFlip(Attack):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, lambda v: v > 0, "a number above 0")
 
-    def update(
-        self,
-        own: Vector,
-        honest: Sequence[Vector],
-        attackers: int,
-        rng: np.random.Generator,
-    ) -> Vector:
+    def update(self, seen: Seen) -> Vector:
         """Give the own update turned round."""
-        return np.asarray(-self.scale, own.dtype) * own
+        return np.asarray(-self.scale, seen.own.dtype) * seen.own
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,13 @@ class ALIE(Attack):
         share = (honest - further) / honest if honest else 0.0
         return NormalDist().inv_cdf(min(max(share, 1e-3), 1 - 1e-3))
 
-    def update(
-        self,
-        own: Vector,
-        honest: Sequence[Vector],
-        attackers: int,
-        rng: np.random.Generator,
-    ) -> Vector:
+    def update(self, seen: Seen) -> Vector:
         """Give a vector that hides in the spread of the honest ones; the own if it is alone."""
-        if not honest:
-            return own
-        rows = np.stack(honest)
-        z = self.deviations(len(honest) + attackers, attackers)
-        return (rows.mean(0) - z * rows.std(0)).astype(own.dtype)
+        if not seen.honest:
+            return seen.own
+        rows = np.stack(seen.honest)
+        z = self.deviations(len(rows) + seen.attackers, seen.attackers)
+        return (rows.mean(0) - z * rows.std(0)).astype(seen.own.dtype)
 
 
 @dataclass(frozen=True)
@@ -168,16 +161,10 @@ class InnerProduct(Attack):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, lambda v: v > 0, "a number above 0")
 
-    def update(
-        self,
-        own: Vector,
-        honest: Sequence[Vector],
-        attackers: int,
-        rng: np.random.Generator,
-    ) -> Vector:
+    def update(self, seen: Seen) -> Vector:
         """Give the honest mean turned round; the own if there is no honest one."""
-        mean = np.mean(np.stack(honest), axis=0) if honest else own
-        return (-self.scale * mean).astype(own.dtype)
+        mean = np.mean(np.stack(seen.honest), axis=0) if seen.honest else seen.own
+        return (-self.scale * mean).astype(seen.own.dtype)
 
 
 @dataclass(frozen=True)
@@ -208,16 +195,11 @@ class GaussianNoise(Attack):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, lambda v: v > 0, "a number above 0")
 
-    def update(
-        self,
-        own: Vector,
-        honest: Sequence[Vector],
-        attackers: int,
-        rng: np.random.Generator,
-    ) -> Vector:
+    def update(self, seen: Seen) -> Vector:
         """Give noise."""
+        own = seen.own
         size = math.sqrt(float(np.mean(np.square(own, dtype=np.float64))))
-        return (rng.standard_normal(own.shape) * (self.scale * size)).astype(own.dtype)
+        return (seen.rng.standard_normal(own.shape) * (self.scale * size)).astype(own.dtype)
 
 
 ATTACKS: dict[str, type[Attack]] = {

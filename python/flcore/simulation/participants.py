@@ -10,7 +10,7 @@ import numpy as np
 from flcore._extras import require
 from flcore.algorithms.layout import Layout, Vector
 from flcore.algorithms.state import Client, DataView, Payload
-from flcore.simulation.attacks import check_attackers
+from flcore.simulation.attacks import Seen, check_attackers
 from flcore.simulation.datasets import Dataset
 from flcore.simulation.seeds import Purpose, generator
 from flcore.simulation.settings import Settings
@@ -181,7 +181,8 @@ class Population:
         honest = [update for client, update in sent.items() if client not in self.attackers]
         for client in liars:
             rng = generator(self._settings.seed, Purpose.ATTACK, round, client)
-            payloads[client]["update"] = attack.update(sent[client], honest, len(liars), rng)
+            seen = Seen(sent[client], honest, len(liars), rng)
+            payloads[client]["update"] = attack.update(seen)
 
 
 def noisy_labels(
