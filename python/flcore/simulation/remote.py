@@ -28,7 +28,7 @@ from flcore.simulation.local import Job
 from flcore.simulation.notes import Note, State, parts, read_payload, read_state, state_note
 from flcore.simulation.participants import Population
 from flcore.simulation.rounds import Clock, Observer
-from flcore.simulation.seeds import Purpose, generator
+from flcore.simulation.seeds import Purpose
 from flcore.simulation.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,10 +116,7 @@ class RemoteRounds(Simulation):
         clock = Clock()
         self.server.round = round
         up, down = self._exchange() if round == 0 else (0, 0)
-        drawn = self.algorithm.select(
-            self.server, generator(self.settings.seed, Purpose.PARTICIPANTS, round)
-        )
-        clients = self.clients.who_answers(drawn, round)
+        clients = self._draw(round)
         with clock("train"):
             notes = {client: self._note(client, round) for client in clients}
             replies = self._post("train", notes) if notes else {}
@@ -129,12 +126,7 @@ class RemoteRounds(Simulation):
             arrivals = self.aggregator.receive(
                 [self._arrival(client, replies[client], round) for client in clients], round
             )
-            if clients:
-                mean = arrivals.mean(self.algorithm.weights(arrivals))
-                self.algorithm.server_step(self.server, mean, arrivals)
-            elif self.algorithm.counts_absent:
-                nothing = np.zeros(self.layout.size(), np.float32)
-                self.algorithm.server_step(self.server, nothing, arrivals)
+            self._server_step(arrivals)
         with clock("evaluate"):
             accuracy, loss = self._evaluate(round)
         return RoundRecord(

@@ -96,10 +96,7 @@ class Rounds:
         clock = Clock()
         self.server.round = round
         exchanged = self._exchange() if round == 0 else (0, 0)
-        drawn = self.algorithm.select(
-            self.server, generator(self.settings.seed, Purpose.PARTICIPANTS, round)
-        )
-        clients = self.clients.who_answers(drawn, round)
+        clients = self._draw(round)
         bytes_up, bytes_down = exchanged
         jobs = []
         for id in clients:
@@ -119,12 +116,7 @@ class Rounds:
             messages = [self._pack(client, payload, round) for client, payload in payloads.items()]
         with clock("aggregate"):
             arrivals = self._receive(clients, messages, round)
-            if len(arrivals):
-                mean = arrivals.mean(self.algorithm.weights(arrivals))
-                self.algorithm.server_step(self.server, mean, arrivals)
-            elif self.algorithm.counts_absent:
-                nothing = np.zeros(self.layout.size(), np.float32)
-                self.algorithm.server_step(self.server, nothing, arrivals)
+            self._server_step(arrivals)
         with clock("evaluate"):
             accuracy, loss = self._evaluate(round)
         return RoundRecord(
@@ -137,6 +129,20 @@ class Rounds:
             bytes_down=bytes_down,
             seconds=clock.seconds,
         )
+
+    def _draw(self, round: int) -> list[int]:
+        """Give the clients of this round that answer."""
+        rng = generator(self.settings.seed, Purpose.PARTICIPANTS, round)
+        return self.clients.who_answers(self.algorithm.select(self.server, rng), round)
+
+    def _server_step(self, arrivals: Arrivals) -> None:
+        """Move the model along what arrived."""
+        if len(arrivals):
+            mean = arrivals.mean(self.algorithm.weights(arrivals))
+            self.algorithm.server_step(self.server, mean, arrivals)
+        elif self.algorithm.counts_absent:
+            nothing = np.zeros(self.layout.size(), np.float32)
+            self.algorithm.server_step(self.server, nothing, arrivals)
 
     def _exchange(self) -> tuple[int, int]:
         """Let the algorithm exchange what it wants before the first round, and count the bytes."""
