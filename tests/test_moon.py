@@ -46,7 +46,7 @@ def test_contrast_adds_nothing_before_there_is_a_last_model():
 
 
 def test_loss_of_a_batch_is_cross_entropy_plus_mu_times_the_contrast():
-    """One example with the card's three feature vectors: the contrast is 0.2632824673."""
+    """One example with three known feature vectors: the contrast is 0.2632824673."""
     vectors = {None: [1.0, 0.0], 0: [0.6, 0.8], 1: [0.0, 1.0]}
 
     def forward(x, parameters=None, *, features=False):

@@ -85,9 +85,7 @@ def compare_command(
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: no limit.")] = LEARN[
         "clip"
     ],
-    weighting: Annotated[
-        str, typer.Option(help="examples or uniform.", show_default="uniform")
-    ] = "uniform",
+    weighting: Annotated[str, typer.Option(help="examples or uniform.")] = "uniform",
     compressor: Annotated[str, typer.Option(help="As for 'flcore train'.")] = "none",
     ratio: Annotated[float, typer.Option(help="Share of the values that is sent.")] = 0.1,
     error_control: Annotated[str, typer.Option(help="As for 'flcore train'.")] = "none",
@@ -108,20 +106,15 @@ def compare_command(
     """Run several algorithms on the same clients and write one report.
 
     With the same seed all of them see the same model, the same split of the data and the same
-    participants. Without options: 60 rounds on digits, one or two of the ten to each of 50 clients.
+    participants, and all take the same local steps unless an entry says otherwise
+    (fedbn:local_lr=0.01). Without options: 60 rounds on digits, one or two of the ten to each of 50
+    clients.
     """
     options = dict(ctx.params)
-    given = {
-        name: value
-        for name, value in options.items()
-        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
     try:
         require("matplotlib", extra="train")
-        learning = {LEARNING[name]: given[name] for name in LEARNING if name in given}
-        learning.setdefault("weighting", "uniform")
-        if "clip" in learning:
-            learning["clip"] = learning["clip"] or None
+        learning = {field: options[name] for name, field in LEARNING.items() if name in options}
+        learning["clip"] = learning["clip"] or None
         lines = [entry_from_text(text, **learning) for text in entries]
         settings = settings_of({**SETTINGS, **options})
         folder = _folder(output)

@@ -36,11 +36,12 @@ INTERRUPTED = 130
 
 SETTING = Settings()
 LEARNING: dict[str, Any] = {field.name: field.default for field in fields(FedAvg)}
+"""Defaults of what all algorithms have; some, like fedbn, have others of their own."""
 
 _what = partial(typer.Option, rich_help_panel="What is trained")
 _clients = partial(typer.Option, rich_help_panel="Clients")
 _faults = partial(typer.Option, rich_help_panel="Faults and attacks")
-_local = partial(typer.Option, rich_help_panel="Local training")
+_local = partial(typer.Option, rich_help_panel="Local training (defaults of fedavg)")
 _server = partial(typer.Option, rich_help_panel="Server")
 _uplink = partial(typer.Option, rich_help_panel="Uplink compression")
 _base = partial(typer.Option, rich_help_panel="Frozen base")
