@@ -10,7 +10,7 @@ import pytest
 from flcore.algorithms import create
 from flcore.errors import InvalidInputError
 from flcore.simulation import DivergedError, Observer, Settings, run
-from flcore.simulation.datasets import load_dataset
+from flcore.simulation.datasets import Dataset, load_dataset
 from flcore.simulation.engine import Simulation
 
 PLAIN = {"codec": None, "feedback": None}
@@ -165,3 +165,12 @@ def test_sums_under_econtrol_are_refused(digits):
     simulation = Simulation("scaffold", "mlp", digits, settings)
     with pytest.raises(InvalidInputError, match="feedback: this algorithm takes sums of the upd"):
         simulation.step()
+
+
+def test_own_models_need_test_examples_like_their_own(digits):
+    few = digits.y_test != 3
+    data = Dataset("few", digits.x_train, digits.y_train, digits.x_test[few], digits.y_test[few])
+    partition = [np.flatnonzero(digits.y_train == c) for c in (2, 3)]
+    settings = Settings(rounds=1, clients=2, participation=2, **PLAIN)
+    with pytest.raises(InvalidInputError, match="y_test: .* of the classes of client 1, whose own"):
+        run(create("fedbn", local_epochs=1), "mlp-bn", data, settings, partition=partition)

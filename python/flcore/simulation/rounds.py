@@ -27,6 +27,7 @@ from flcore.algorithms import (
     Server,
 )
 from flcore.algorithms.layout import Parameters
+from flcore.errors import InvalidInputError
 from flcore.simulation.datasets import Dataset
 from flcore.simulation.errors import DivergedError
 from flcore.simulation.history import PHASES, History, RoundRecord
@@ -242,7 +243,15 @@ class Rounds:
         """Test examples of each client: of its domains if the data names any, else its classes."""
         kind = "y" if self.data.groups_train is None else "groups"
         train, test = (getattr(self.data, f"{kind}_{part}") for part in ("train", "test"))
-        return [np.flatnonzero(np.isin(test, train[indices])) for indices in self.partition]
+        found = [np.flatnonzero(np.isin(test, train[indices])) for indices in self.partition]
+        for client, examples in enumerate(found):
+            if examples.size == 0:
+                what = "classes" if kind == "y" else "domains"
+                raise InvalidInputError(
+                    f"{kind}_test: there is no test example of the {what} of client {client}, "
+                    "whose own model is to be tested"
+                )
+        return found
 
     def _named_model(self) -> Parameters:
         return self.layout.named(self.server.model)
