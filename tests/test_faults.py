@@ -172,5 +172,5 @@ def test_own_models_need_test_examples_like_their_own(digits):
     data = Dataset("few", digits.x_train, digits.y_train, digits.x_test[few], digits.y_test[few])
     partition = [np.flatnonzero(digits.y_train == c) for c in (2, 3)]
     settings = Settings(rounds=1, clients=2, participation=2, **PLAIN)
-    with pytest.raises(InvalidInputError, match=r"y_test: .* of the classes of client 1, whose own"):
+    with pytest.raises(InvalidInputError, match=r"y_test: .* of the classes of client 1, whose"):
         run(create("fedbn", local_epochs=1), "mlp-bn", data, settings, partition=partition)
