@@ -58,7 +58,7 @@ def build_round(
     expected = _loop(_like(model, one.initial).double(), batches)
     plain, stacked = _like(model, one.initial), _like(model, one.initial)
     contestants = [
-        Contestant("flcore BatchedTrainer", lambda slot: together.train(jobs), ends),
+        Contestant("flcore BatchedTrainer", lambda slot: together.train(jobs), ends, kind="ours"),
         Contestant("flcore LocalTrainer", lambda slot: one.train(jobs), ends, kind="variant"),
         Contestant("torch loop", lambda slot: _loop(plain, batches), np.asarray),
         Contestant("torch.func.vmap", lambda slot: _vmapped(stacked, batches), np.asarray),
