@@ -12,7 +12,6 @@ from flcore.simulation import Settings, run
 from flcore.simulation.attacks import (
     ALIE,
     ATTACKS,
-    Attack,
     GaussianNoise,
     InnerProduct,
     LabelFlip,
@@ -74,7 +73,7 @@ def test_alone_among_attackers(rng):
 def test_attacks_can_be_written_down(name):
     attack = attack_from_text(name)
     assert attack.to_text() == name
-    assert Attack.from_dict(attack.to_dict()) == attack
+    assert ATTACKS[name].from_dict(attack.to_dict()) == attack
     assert attack_from_text("sign-flip:scale=2.5").to_text() == "sign-flip:scale=2.5"
 
 

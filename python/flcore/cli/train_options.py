@@ -9,7 +9,7 @@ from typing import Any
 from flcore.compression import CODECS, FEEDBACKS, from_text
 from flcore.errors import InvalidInputError
 from flcore.simulation import CheckpointError, Settings
-from flcore.simulation.attacks import Attack
+from flcore.simulation.attacks import ATTACKS
 from flcore.simulation.compare import parse_pairs
 from flcore.simulation.runfolder import RunFolder
 
@@ -140,7 +140,7 @@ def stored_options(folder: Path | None) -> dict[str, Any]:
         "dataset": config["dataset"]["name"],
         "participation": str(settings["participation"]),
         "attackers": str(settings["attackers"]),
-        "attack": None if attack is None else Attack.from_dict(attack).to_text(),
+        "attack": None if attack is None else _as_text(ATTACKS, attack, "attack"),
         "aggregation": settings["aggregation"] or "mean",
         "alpha": "iid" if settings["alpha"] is None else str(settings["alpha"]),
         "compressor": _as_text(CODECS, codec, "codec"),

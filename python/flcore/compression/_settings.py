@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 
 from flcore.errors import InvalidInputError
 
-__all__ = ["Settings", "check_choice", "check_flag", "check_integer", "from_text"]
+__all__ = [
+    "Settings",
+    "as_text",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "from_text",
+    "read_value",
+]
 
 
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
@@ -70,14 +78,18 @@ class Settings:
 
     def to_text(self, leave_out: Collection[str] = ()) -> str:
         """Return the settings as one word, ``name:key=value,...``; `from_text` reads it."""
-        options = asdict(self)  # type: ignore[call-overload]
-        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
-        changed = [
-            f"{key}={value}"
-            for key, value in options.items()
-            if value != defaults[key] and key not in leave_out
-        ]
-        return ":".join([self.name, ",".join(changed)] if changed else [self.name])
+        return as_text(self.name, self, leave_out)
+
+
+def as_text(name: str, described: Any, leave_out: Collection[str] = ()) -> str:
+    """Return the fields of a dataclass that are not at their defaults, ``name:key=value,...``."""
+    changed = [
+        f"{field.name}={value}"
+        for field in fields(described)
+        if (value := getattr(described, field.name)) != field.default
+        and field.name not in leave_out
+    ]
+    return ":".join([name, ",".join(changed)] if changed else [name])
 
 
 def from_text(classes: Mapping[str, type], text: str, **more: Any) -> Any:
@@ -118,11 +130,11 @@ def from_text(classes: Mapping[str, type], text: str, **more: Any) -> Any:
                 f"{name}: expected settings like key=value with a key of "
                 f"{', '.join(sorted(known)) or 'none: it has no settings'}; got {part!r}"
             )
-        options[key] = _value(value)
+        options[key] = read_value(value)
     return kind(**options)
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """Read a number, True, False or None; anything else is a word."""
     try:
         return ast.literal_eval(text)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from flcore.algorithms.base import check_number
 from flcore.algorithms.layout import Vector
-from flcore.compression import from_text
+from flcore.compression._settings import Settings, from_text
 from flcore.errors import InvalidInputError
 
 __all__ = [
@@ -57,10 +57,10 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Settings):
     """Base of the attacks."""
 
-    name: ClassVar[str]
+    family: ClassVar[str] = "attack"
 
     def update(self, seen: Seen) -> Vector:
         """Give what an attacker sends, (d,)."""
@@ -69,25 +69,6 @@ class Attack:
     def labels(self, y: np.ndarray, classes: int) -> np.ndarray:
         """Give the labels that an attacker trains on."""
         return y
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name and options as plain values."""
-        return {"attack": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Attack:
-        """Make again what `to_dict` wrote."""
-        rest = {key: value for key, value in stored.items() if key != "attack"}
-        return ATTACKS[stored["attack"]](**rest)
-
-    def to_text(self) -> str:
-        """Give the form ``name:key=value``, with what differs from the defaults."""
-        given = [
-            f"{field.name}={value}"
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default
-        ]
-        return ":".join([self.name, ",".join(given)]) if given else self.name
 
 
 @dataclass(frozen=True)

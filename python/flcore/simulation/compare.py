@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from flcore.algorithms import Algorithm, create
+from flcore.compression._settings import read_value
 from flcore.errors import InvalidInputError
 from flcore.simulation.datasets import Dataset
 from flcore.simulation.engine import Observer, run
@@ -73,18 +74,13 @@ def entry_from_text(text: str, **learning: Any) -> Entry:
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs; values are numbers, true, false, none, or else text."""
-    import ast
-
     words = {"true": True, "false": False, "none": None}
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = (part.strip() for part in pair.partition("="))
         if not equals or not key:
             raise InvalidInputError(f"option: expected KEY=VALUE, got {pair!r}")
-        try:
-            value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
+        value = words[text.lower()] if text.lower() in words else read_value(text)
         parsed[key.replace("-", "_")] = value
     return parsed
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from functools import reduce
 from operator import rshift
 from typing import Any
 
 from flcore import aggregation
 from flcore.aggregation._rule import PreAggregator, Rule
-from flcore.compression import from_text
+from flcore.compression._settings import as_text, from_text
 from flcore.errors import InvalidInputError
 
 __all__ = ["PREAGGREGATORS", "RULES", "rule_from_text", "rule_to_text"]
@@ -74,14 +73,4 @@ def rule_to_text(rule: Any) -> str:
     names = {cls: name for name, cls in (RULES | PREAGGREGATORS).items()}
     if type(rule) not in names:
         return repr(rule)
-    given = []
-    for field in fields(rule):
-        value = getattr(rule, field.name)
-        if (
-            not field.init
-            or value is None
-            or (field.default is not MISSING and value == field.default)
-        ):
-            continue
-        given.append(f"{field.name}={value}")
-    return ":".join([names[type(rule)], ",".join(given)]) if given else names[type(rule)]
+    return as_text(names[type(rule)], rule)

@@ -23,6 +23,7 @@ import numpy as np
 
 from flcore._extras import require
 from flcore.algorithms.base import Parameters
+from flcore.algorithms.state import plain
 from flcore.simulation.errors import CheckpointError
 from flcore.simulation.history import RoundRecord
 from flcore.simulation.uplink import State
@@ -180,15 +181,14 @@ class RunFolder:
             arrays[f"model/{name}"] = value
         for name, value in (checkpoint.control or {}).items():
             arrays[f"control/{name}"] = value
-        plain: dict[str, Any] = {"server": {}}
-        _part(checkpoint.server, "server", arrays, plain["server"])
+        kept: dict[str, Any] = {key: {} for key in KEYS.values()}
+        own, kept["server"] = plain(checkpoint.server)
+        arrays |= {f"server/{name}": value for name, value in own.items()}
         for kind, states in (("client", checkpoint.clients), ("own", checkpoint.own)):
-            plain[KEYS[kind]] = {}
             for client, state in states.items():
-                values: dict[str, Any] = {}
-                plain[KEYS[kind]][str(client)] = values
-                _part(state, f"{kind}/{client}", arrays, values)
-        facts = {"format": FORMAT, "round": checkpoint.round, **plain}
+                own, kept[KEYS[kind]][str(client)] = plain(state)
+                arrays |= {f"{kind}/{client}/{name}": value for name, value in own.items()}
+        facts = {"format": FORMAT, "round": checkpoint.round, **kept}
         self._save_arrays("checkpoint.safetensors", arrays, {"flcore": json.dumps(facts)})
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -256,17 +256,6 @@ class RunFolder:
             os.replace(beside, file)
         except OSError as error:
             raise CheckpointError(f"output: cannot write {file}: {error}") from error
-
-
-def _part(
-    state: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray], values: dict[str, Any]
-) -> None:
-    """Part a state into arrays and plain values."""
-    for name, value in state.items():
-        if isinstance(value, np.ndarray):
-            arrays[f"{prefix}/{name}"] = value
-        else:
-            values[name] = value
 
 
 def _check_same_run(stored: dict[str, Any], config: dict[str, Any], path: Path) -> None:
