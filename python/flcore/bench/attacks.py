@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from flcore.bench.report import markdown_row, markdown_rule
+
 __all__ = ["ATTACKS", "RULES", "AttackRow", "attacks_markdown", "run_attacks", "write_attacks_json"]
 
 ROUNDS, CLIENTS, ATTACKERS = 30, 20, 4
@@ -110,9 +112,11 @@ def attacks_markdown(rows: list[AttackRow]) -> str:
     """Give a table: percent, mean over the seeds and the worst of them."""
     rules = list(rows[0].accuracy)
     head = ["what a fifth of the clients send", *(f"`{rule}`" for rule in rules)]
-    lines = [head, ["---", *["---:"] * len(rules)]]
+    lines = [markdown_row(*head), markdown_rule("l" + "r" * len(rules))]
     for row in rows:
         values = (row.accuracy[rule] for rule in rules)
         cells = [f"{100 * fmean(found):.1f} ({100 * min(found):.1f})" for found in values]
-        lines.append([f"`{row.attack}`" if row.attack[0] != "n" else row.attack, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        lines.append(
+            markdown_row(f"`{row.attack}`" if row.attack[0] != "n" else row.attack, *cells)
+        )
+    return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flcore._extras import require
+from flcore.bench.report import markdown_row, markdown_rule
 
 __all__ = [
     "METHODS",
@@ -216,8 +217,8 @@ def digits_hard_markdown(rows: list[Row]) -> str:
         for row in rows
     ]
     columns = [name for name in table[0] if any(line[name] != "" for line in table)]
-    lines = [columns, ["---"] * len(columns), *([line[name] for name in columns] for line in table)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    body = (markdown_row(*(line[name] for name in columns)) for line in table)
+    return "\n".join([markdown_row(*columns), markdown_rule("l" * len(columns)), *body]) + "\n"
 
 
 def draw(rows: list[Row], path: str | Path) -> None:
